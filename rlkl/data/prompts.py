@@ -1,0 +1,57 @@
+"""Prompts: from a file, from a hub data set, or the review openings that ship with rlkl."""
+
+import csv
+import json
+from pathlib import Path
+from typing import cast
+
+from datasets import Dataset, load_dataset
+
+_ASSETS = Path(__file__).parent / "assets"
+EMBEDDED_TRAIN_PROMPTS = _ASSETS / "prompts_train.txt"
+EMBEDDED_EVAL_PROMPTS = _ASSETS / "prompts_eval.txt"
+"""Openings of reviews, sampled from the embedded review LM (see `recipes/sample_prompts.py`)."""
+
+
+def load_prompts(source: str | Path, column: str = "prompt") -> Dataset:
+    """A dataset with one column, ``prompt``, of non-empty texts.
+
+    Args:
+        source: a ``.txt`` file (one prompt a line), a ``.jsonl`` or ``.csv`` file with `column`, or a
+            hub data set id (``id:split``, split "train" if none is named).
+        column: where the prompts are; renamed to ``prompt``.
+
+    Raises:
+        FileNotFoundError: a file that is not there.
+        ValueError: no prompts, an empty prompt, or no such column.
+    """
+    path = Path(source)
+    if path.suffix in (".txt", ".jsonl", ".csv"):
+        if not path.is_file():
+            raise FileNotFoundError(f"no such file of prompts: {source}")
+        prompts = _read(path, column)
+    else:
+        name, _, split = str(source).partition(":")
+        data = cast(Dataset, load_dataset(name, split=split or "train"))
+        if column not in data.column_names:
+            raise ValueError(f"{source} has the columns {data.column_names}, not {column!r}")
+        prompts = list(data[column])
+    if not prompts:
+        raise ValueError(f"{source} holds no prompts")
+    empty = [i for i, prompt in enumerate(prompts) if not str(prompt).strip()]
+    if empty:
+        raise ValueError(f"{source}: prompt {empty[0] + 1} of {len(prompts)} is empty")
+    return Dataset.from_dict({"prompt": prompts})
+
+
+def _read(path: Path, column: str) -> list[str]:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".txt":
+        return [line.rstrip() for line in text.splitlines() if line.strip()]
+    if path.suffix == ".jsonl":
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    else:
+        rows = list(csv.DictReader(text.splitlines()))
+    if rows and column not in rows[0]:
+        raise ValueError(f"{path} has the columns {sorted(rows[0])}, not {column!r}")
+    return [row[column] for row in rows]

@@ -1,0 +1,75 @@
+"""The KL of a language model from its reference: values, gradients, and how to use them.
+
+Needs torch alone. Read in this order: `estimators` (which estimate), `placement` (where it enters
+the update), `coefficient` (how strongly), `divergences` (between two distributions), `sequence`
+(what is reported, with standard errors), `tabular` (the truth, by enumeration), `fused` (the same
+quantities from hidden states, without the logits).
+"""
+
+from rlkl.kl.coefficient import AdaptiveKLCoefficient, FixedKLCoefficient, KLCoefficient
+from rlkl.kl.divergences import forward_kl, jensen_shannon, reverse_kl
+from rlkl.kl.estimators import (
+    ESTIMATORS,
+    Claims,
+    Estimator,
+    RaoBlackwellEstimator,
+    SampledEstimator,
+    check_placement,
+    get_estimator,
+)
+from rlkl.kl.fused import (
+    TokenLogp,
+    TokenStats,
+    fused_logp_loss,
+    fused_token_logp,
+    fused_token_loss,
+    fused_token_stats,
+)
+from rlkl.kl.placement import KLPlacement, future_kl, kl_rewards, kl_surrogate
+from rlkl.kl.sequence import MeanStderr, mean_and_stderr, per_token_mean_and_stderr, sequence_kl
+from rlkl.kl.tabular import (
+    Moments,
+    TabularLM,
+    exact_gradient,
+    exact_kl,
+    gradient_moments,
+    surrogate_moments,
+    value_moments,
+)
+
+__all__ = [
+    "ESTIMATORS",
+    "AdaptiveKLCoefficient",
+    "Claims",
+    "Estimator",
+    "FixedKLCoefficient",
+    "KLCoefficient",
+    "KLPlacement",
+    "MeanStderr",
+    "Moments",
+    "RaoBlackwellEstimator",
+    "SampledEstimator",
+    "TabularLM",
+    "TokenLogp",
+    "TokenStats",
+    "check_placement",
+    "exact_gradient",
+    "exact_kl",
+    "forward_kl",
+    "fused_logp_loss",
+    "fused_token_logp",
+    "fused_token_loss",
+    "fused_token_stats",
+    "future_kl",
+    "get_estimator",
+    "gradient_moments",
+    "jensen_shannon",
+    "kl_rewards",
+    "kl_surrogate",
+    "mean_and_stderr",
+    "per_token_mean_and_stderr",
+    "reverse_kl",
+    "sequence_kl",
+    "surrogate_moments",
+    "value_moments",
+]

@@ -1,0 +1,27 @@
+"""Policies, references and critics: loading them, and reading hidden states from them."""
+
+from rlkl.models.critic import Critic
+from rlkl.models.language_model import (
+    EMBEDDED_LM,
+    LinearHead,
+    linear_head,
+    load_causal_lm,
+    position_ids,
+    response_hidden,
+)
+from rlkl.models.reference import frozen_copy, reference_model
+from rlkl.models.tokenizers import check_same_tokenizer, load_tokenizer
+
+__all__ = [
+    "EMBEDDED_LM",
+    "Critic",
+    "LinearHead",
+    "check_same_tokenizer",
+    "frozen_copy",
+    "linear_head",
+    "load_causal_lm",
+    "load_tokenizer",
+    "position_ids",
+    "reference_model",
+    "response_hidden",
+]

@@ -1,0 +1,132 @@
+"""Causal language models seen as trunk (hidden states) and head (hidden states to logits)."""
+
+import inspect
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+EMBEDDED_LM = Path(__file__).parent.parent / "data" / "assets" / "review_lm"
+"""The review LM that ships with rlkl; see its model card for data and quality."""
+
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+class LinearHead(NamedTuple):
+    """logits = hidden @ weight.T + bias."""
+
+    weight: Tensor
+    """[V, H]"""
+    bias: Tensor | None
+    """[V]"""
+
+
+def load_causal_lm(
+    name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+    device: str | torch.device = "cpu",
+) -> PreTrainedModel:
+    """Loads a causal LM from the hub or a local folder; without a name, the embedded review LM.
+
+    Args:
+        name_or_path: hub id or folder.
+        dtype: dtype of the weights. Trained weights should be float32 (train with bf16 autocast).
+        attn_implementation: as in transformers; None takes "eager" on the CPU, where the backward
+            of "sdpa" is about twice as slow for short responses, and the model's own choice on an
+            accelerator.
+        device: where to put it.
+
+    Raises:
+        ValueError: a folder that is not there, or has no weights.
+    """
+    source = str(name_or_path or EMBEDDED_LM)
+    if os.path.isdir(source):
+        if not any(os.path.isfile(os.path.join(source, name)) for name in _WEIGHTS):
+            raise ValueError(
+                f"{source} holds no weights (looked for {', '.join(_WEIGHTS[:2])}, …); "
+                "name a folder written by save_pretrained"
+            )
+    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ValueError(f"no such model folder: {source}")
+    if attn_implementation is None and torch.device(device).type == "cpu":
+        attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, attn_implementation=attn_implementation
+    )
+    return model.to(device)
+
+
+def _causal_lm(model: nn.Module) -> PreTrainedModel:
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(inner, PreTrainedModel):
+        raise ValueError(f"a transformers causal LM is needed, not {type(inner).__name__}")
+    return inner
+
+
+def linear_head(model: nn.Module) -> LinearHead:
+    """Weight and bias of the language-model head.
+
+    Raises:
+        ValueError: the head is not one plain linear layer (LoRA on the head, soft-capped or scaled
+            logits), so that logits cannot be formed outside the model.
+    """
+    lm = _causal_lm(model)
+    head = lm.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise ValueError(
+            f"{type(lm).__name__} has the head {type(head).__name__}; a plain linear head is needed "
+            "(leave lm_head out of the adapter's target_modules)"
+        )
+    for option in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(lm.config, option, None) not in (None, 1, 1.0):
+            raise ValueError(f"{type(lm).__name__} sets {option}, which is not supported yet")
+    return LinearHead(head.weight, head.bias)
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions that count real tokens only, so that left padding changes nothing.
+
+    >>> position_ids(torch.tensor([[0, 0, 1, 1]]))
+    tensor([[0, 0, 0, 1]])
+    """
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def trunk_of(model: nn.Module) -> nn.Module:
+    """The module below the head: token ids to hidden states."""
+    lm = _causal_lm(model)
+    return lm.base_model
+
+
+def response_hidden(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_length: int
+) -> Tensor:
+    """Hidden states from which the response tokens are predicted: those *before* each of them.
+
+    Args:
+        model: causal LM, or the trunk of one.
+        input_ids: left-padded prompts followed by responses, [B, P + T].
+        attention_mask: [B, P + T], True at real tokens.
+        response_length: T.
+
+    Returns:
+        [B, T, H]; entry t is the state at the prefix h_t. Differentiable in the model.
+    """
+    trunk = trunk_of(model)
+    ids, mask = input_ids[:, :-1], attention_mask[:, :-1]
+    extra = {}
+    if "position_ids" in inspect.signature(trunk.forward).parameters:
+        extra["position_ids"] = position_ids(mask)
+    hidden = trunk(input_ids=ids, attention_mask=mask.long(), use_cache=False, **extra)
+    return hidden.last_hidden_state[:, -response_length:]

@@ -1,0 +1,40 @@
+"""Tokenizers: loading them for left-padded generation, and telling whether two are the same."""
+
+import os
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rlkl.models.language_model import EMBEDDED_LM
+
+
+def load_tokenizer(name_or_path: str | os.PathLike[str] | None = None) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer that pads on the left; without a name, the embedded review LM's.
+
+    A tokenizer without a padding token pads with its end-of-text token: masks, not token ids,
+    tell padding from text everywhere in rlkl, so a real end of text is kept.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(str(name_or_path or EMBEDDED_LM), padding_side="left")
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"the tokenizer of {name_or_path} has neither pad nor eos token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_same_tokenizer(policy: PreTrainedTokenizerBase, ref: PreTrainedTokenizerBase) -> None:
+    """Refuses two tokenizers that do not give every token the same id.
+
+    A KL between next-token distributions exists only over one vocabulary.
+
+    Raises:
+        ValueError: names the sizes and the first token that differs.
+    """
+    ours, theirs = policy.get_vocab(), ref.get_vocab()
+    if ours == theirs:
+        return
+    token = next(t for t in (*ours, *theirs) if ours.get(t) != theirs.get(t))
+    raise ValueError(
+        f"policy and reference have different tokenizers ({len(ours)} and {len(theirs)} tokens; "
+        f"{token!r} is {ours.get(token)} in one and {theirs.get(token)} in the other): "
+        "a KL needs one vocabulary"
+    )

@@ -1,0 +1,123 @@
+"""Sampled responses -> scores and exact token statistics of policy, reference and critic."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from reward_models import RewardModel
+from rlkl.kl import fused_token_stats
+from rlkl.models import Critic, linear_head, reference_model, response_hidden
+from rlkl.rollout.records import Responses, Rollout, TokenRecord, scatter_tokens
+
+
+def score_responses(reward: RewardModel, responses: Responses) -> Tensor:
+    """[B] scores of the responses' texts, float32.
+
+    Raises:
+        ValueError: the reward model does not give one finite score per response.
+    """
+    scores = torch.as_tensor(reward(responses.prompts, responses.texts), dtype=torch.float32)
+    if scores.shape != (len(responses),):
+        raise ValueError(
+            f"the reward model gave scores of shape {tuple(scores.shape)} "
+            f"for {len(responses)} responses; one score each is needed"
+        )
+    if not bool(scores.isfinite().all()):
+        worst = int((~scores.isfinite()).nonzero()[0])
+        raise ValueError(
+            f"the reward model gave {float(scores[worst])} for {responses.texts[worst]!r}; "
+            "scores must be finite"
+        )
+    return scores.to(responses.mask.device)
+
+
+@torch.no_grad()
+def token_statistics(
+    policy: nn.Module,
+    ref_model: nn.Module | None,
+    responses: Responses,
+    *,
+    critic: Critic | None = None,
+    temperature: float = 1.0,
+    batch_size: int = 256,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> TokenRecord:
+    """Log-probabilities, exact KL, entropy and values at every response token.
+
+    One pass of each trunk; the vocabulary is only ever seen in chunks.
+
+    Args:
+        policy: the policy π.
+        ref_model: the reference q; None means the policy with its PEFT adapter off.
+        responses: what π sampled at `temperature`.
+        critic: reads values off the policy's trunk, or off its own.
+        temperature: the distributions are those of logits / temperature.
+        batch_size: responses per pass; the same as in training keeps π_old bitwise equal to π.
+        autocast: makes the context in which the trunks run: their precision.
+    """
+    head = linear_head(policy)
+    batches = [responses.rows(r) for r in torch.arange(len(responses)).split(batch_size)]
+    parts, hidden_parts, value_parts = [], [], []
+    for batch in batches:
+        ids, attention, length = batch.input_ids, batch.attention_mask, batch.tokens.shape[1]
+        with autocast():
+            hidden = response_hidden(policy, ids, attention, length)
+            if critic is not None:
+                value_parts.append(critic(hidden, ids, attention)[batch.mask])
+            with reference_model(policy, ref_model) as ref:
+                ref_hidden = response_hidden(ref, ids, attention, length)
+                ref_head = linear_head(ref)
+        hidden_parts.append(ref_hidden[batch.mask].float())
+        parts.append(
+            fused_token_stats(
+                hidden[batch.mask],
+                head.weight,
+                ref_hidden[batch.mask],
+                ref_head.weight,
+                batch.tokens[batch.mask],
+                policy_bias=head.bias,
+                ref_bias=ref_head.bias,
+                temperature=temperature,
+            )
+        )
+
+    def restore(values: Sequence[Tensor]) -> Tensor:
+        return scatter_tokens(torch.cat(list(values)).float(), responses.mask)
+
+    policy_logp, ref_logp, kl, entropy = map(restore, zip(*parts, strict=True))
+    return TokenRecord(
+        policy_logp=policy_logp,
+        ref_logp=ref_logp,
+        kl=kl,
+        entropy=entropy,
+        ref_hidden=restore(hidden_parts),
+        values=restore(value_parts) if value_parts else None,
+    )
+
+
+def collect_rollout(
+    responses: Responses,
+    reward: RewardModel,
+    tokens: TokenRecord,
+    judges: Mapping[str, RewardModel] | None = None,
+) -> Rollout:
+    """Joins responses, their scores by `reward` and by the `judges`, and their token statistics."""
+    return Rollout(
+        responses=responses,
+        scores=score_responses(reward, responses),
+        tokens=tokens,
+        other_scores={
+            name: score_responses(judge, responses) for name, judge in (judges or {}).items()
+        },
+    )
+
+
+def sum_of(rewards: Sequence[RewardModel]) -> RewardModel:
+    """One reward model whose score is the sum of several's."""
+    if len(rewards) == 1:
+        return rewards[0]
+    return lambda prompts, texts: sum(
+        (torch.as_tensor(reward(prompts, texts)) for reward in rewards), torch.zeros(len(texts))
+    )

@@ -1,0 +1,49 @@
+"""What a rollout says about its policy: means with standard errors, in the names of the vocabulary table."""
+
+import torch
+from torch import Tensor
+
+from rlkl.kl import (
+    SampledEstimator,
+    get_estimator,
+    mean_and_stderr,
+    per_token_mean_and_stderr,
+    sequence_kl,
+)
+from rlkl.rollout.records import Rollout
+
+REPORTED_ESTIMATORS = ("k1", "k3", "rb")
+
+
+def token_kl(name: str, rollout: Rollout) -> Tensor:
+    """k_t by the estimator `name` from a rollout's statistics: [B, T] nats, 0 where masked."""
+    estimator = get_estimator(name)
+    if isinstance(estimator, SampledEstimator):
+        return estimator.from_token_logp(rollout.tokens.policy_logp, rollout.tokens.ref_logp)
+    return rollout.tokens.kl
+
+
+def summarise(rollout: Rollout) -> dict[str, float]:
+    """KL by every estimator on the same responses, score, judges, entropy, length.
+
+    Keys are those of the vocabulary table in `rlkl.trainers.metrics`; one ending in ``_se`` is the
+    standard error of the mean before it, responses being independent.
+    """
+    mask = rollout.responses.mask
+    metrics: dict[str, float] = {}
+
+    def put(name: str, mean: Tensor, stderr: Tensor) -> None:
+        metrics[name], metrics[f"{name}_se"] = float(mean), float(stderr)
+
+    for name in REPORTED_ESTIMATORS:
+        k = token_kl(name, rollout)
+        put(f"kl/{name}", *mean_and_stderr(sequence_kl(k, mask)))
+        put(f"kl/{name}_per_token", *per_token_mean_and_stderr(k, mask))
+    put("objective/scores", *mean_and_stderr(rollout.scores))
+    metrics["objective/scores_std"] = float(rollout.scores.std(correction=0))
+    for name, scores in rollout.other_scores.items():
+        put(f"judge/{name}", *mean_and_stderr(scores))
+    put("policy/entropy_per_token", *per_token_mean_and_stderr(rollout.tokens.entropy, mask))
+    put("response/length", *mean_and_stderr(mask.sum(1).float()))
+    metrics["response/truncated_fraction"] = float((~rollout.responses.ended).float().mean())
+    return metrics

@@ -1,0 +1,158 @@
+"""The settings of the PPO trainers, on top of transformers.TrainingArguments."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+
+def bf16_is_fast() -> bool:
+    """Whether this machine multiplies bfloat16 matrices in hardware: an accelerator, or AMX on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported()
+
+
+@dataclass
+class PPOConfig(TrainingArguments):
+    """Settings of :class:`rlkl.trainers.PPOTrainer`; names are TRL's where TRL has one.
+
+    One *step* is one whole PPO update: sample, score, measure, several epochs of minibatches.
+    ``max_steps``, ``logging_steps``, ``save_steps`` and the learning-rate schedule count these.
+    ``per_device_train_batch_size`` is the number of prompts of a step.
+    """
+
+    response_length: int = field(
+        default=48, metadata={"help": "Longest response, in tokens; longer ones are cut."}
+    )
+    num_generations: int = field(default=1, metadata={"help": "Responses sampled to each prompt."})
+    temperature: float = field(
+        default=1.0,
+        metadata={"help": "Logits are divided by it, in sampling and in every probability."},
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt in tokens; longer ones lose their beginning."}
+    )
+    num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over each rollout."})
+    num_mini_batches: int = field(
+        default=1, metadata={"help": "Optimiser steps per epoch; must divide the batch."}
+    )
+    micro_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Responses per forward pass, to save memory; None: a whole minibatch."},
+    )
+    kl_coef: float = field(
+        default=0.05, metadata={"help": "β ≥ 0: reward units per nat; 0 still measures the KL."}
+    )
+    kl_estimator: str | None = field(
+        default=None,
+        metadata={"help": "k1, k2, k3 or rb; None: the trainer's own (PPO k1, Rao-Blackwell rb)."},
+    )
+    kl_placement: str | None = field(
+        default=None, metadata={"help": "reward, loss or both; None: the trainer's own."}
+    )
+    allow_biased_kl: bool = field(
+        default=False,
+        metadata={"help": "Train with a KL term whose gradient is not that of the sequence KL."},
+    )
+    kl_target: float | None = field(
+        default=None,
+        metadata={"help": "Nats per response to hold by an adaptive β (Ziegler et al. 2019)."},
+    )
+    kl_horizon: float = field(
+        default=10_000, metadata={"help": "Responses in which an adaptive β moves by up to 20%."}
+    )
+    cliprange: float = field(default=0.2, metadata={"help": "ε of the policy ratio."})
+    cliprange_value: float = field(
+        default=0.2, metadata={"help": "ε of the value, in units of the score."}
+    )
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount γ."})
+    lam: float = field(default=0.95, metadata={"help": "λ of generalised advantage estimation."})
+    whiten_advantages: bool = field(
+        default=True,
+        metadata={"help": "Advantages to mean 0, variance 1; the loss-side KL is scaled alike."},
+    )
+    missing_eos_penalty: float | None = field(
+        default=None, metadata={"help": "Taken off the score of a response that did not end."}
+    )
+    separate_value_model: bool = field(
+        default=False,
+        metadata={"help": "Value head on a trunk of its own (a copy of the policy's)."},
+    )
+    value_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the critic; None: the policy's."}
+    )
+    log_completions_steps: int = field(
+        default=10, metadata={"help": "Steps between completions tables; 0 for none."}
+    )
+    num_completions: int = field(default=8, metadata={"help": "Rows of a completions table."})
+    wandb_project: str = field(default="rlkl", metadata={"help": "W&B project."})
+    wandb_group: str | None = field(
+        default=None, metadata={"help": "W&B group; None: estimator and placement."}
+    )
+    wandb_tags: list[str] = field(default_factory=list, metadata={"help": "Further W&B tags."})
+
+    # Defaults of TrainingArguments that differ for on-policy training.
+    logging_steps: float = field(default=1, metadata={"help": "Steps between logs."})
+    bf16: bool | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=None,
+        metadata={"help": "bf16 autocast of the trunks; None: where the hardware multiplies bf16."},
+    )
+    dataloader_drop_last: bool = field(
+        default=True, metadata={"help": "Every step has the same number of prompts."}
+    )
+    dataloader_pin_memory: bool = field(
+        default=False, metadata={"help": "Batches are lists of texts: nothing to pin."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "The prompt column is needed."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and bf16_is_fast()
+        super().__post_init__()
+        positive = (
+            "response_length",
+            "num_generations",
+            "num_ppo_epochs",
+            "num_mini_batches",
+            "temperature",
+            "cliprange",
+            "cliprange_value",
+        )
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be > 0")
+        if self.kl_coef < 0:
+            raise ValueError(
+                f"kl_coef is {self.kl_coef}; it must be >= 0 (0 trains without penalty and still "
+                "measures the KL)"
+            )
+        if self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}; a step is a "
+                "whole PPO update here: to save memory set micro_batch_size"
+            )
+        if self.responses_per_step % self.num_mini_batches:
+            raise ValueError(
+                f"{self.responses_per_step} responses per step (per_device_train_batch_size × "
+                f"num_generations) do not divide into num_mini_batches={self.num_mini_batches}"
+            )
+        micro = self.micro_batch_size
+        if micro is not None and (micro <= 0 or self.mini_batch_size % micro):
+            raise ValueError(
+                f"minibatches of {self.mini_batch_size} responses do not divide into "
+                f"micro_batch_size={micro}"
+            )
+
+    @property
+    def responses_per_step(self) -> int:
+        """B: prompts times responses to each."""
+        return self.per_device_train_batch_size * self.num_generations
+
+    @property
+    def mini_batch_size(self) -> int:
+        """Responses per optimiser step."""
+        return self.responses_per_step // self.num_mini_batches

@@ -1,0 +1,134 @@
+"""The vocabulary of logged metrics, the file they go to, and how steps are averaged."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+VOCABULARY: dict[str, str] = {
+    "kl/k1": "mean_b Σ_t u_t; u = log π(y_t|h_t) − log q(y_t|h_t). Nats per response",
+    "kl/k3": "mean_b Σ_t (exp(−u_t) − 1 + u_t). Nats per response",
+    "kl/rb": "mean_b Σ_t D_t; D_t = D_KL(π(·|h_t) ‖ q(·|h_t)), exact. Nats per response",
+    "kl/k1_per_token": "Σ_bt u_t / Σ_b T_b. Nats per token",
+    "kl/k3_per_token": "Σ_bt (exp(−u_t) − 1 + u_t) / Σ_b T_b. Nats per token",
+    "kl/rb_per_token": "Σ_bt D_t / Σ_b T_b. Nats per token",
+    "objective/kl": "mean_b Σ_t k_t, k the estimator that is penalised. Nats per response",
+    "objective/scores": "mean_b score_b, the reward model's score before any penalty",
+    "objective/scores_std": "standard deviation of score_b over the batch",
+    "objective/non_score_reward": "mean_b −β Σ_t c_t: the KL part of the reward",
+    "objective/rlhf_reward": "mean_b Σ_t r_t: score (after the missing-EOS penalty) and KL part",
+    "judge/*": "mean_b of a judge's score of the same responses; never trained on",
+    "policy/entropy_per_token": "Σ_bt H(π(·|h_t)) / Σ_b T_b. Nats per token",
+    "response/length": "mean_b T_b: response tokens, an end-of-text token included",
+    "response/truncated_fraction": "share of responses cut at response_length before they ended",
+    "kl_coef": "β of this step; adaptive β moves after the step's KL was measured",
+    "val/ratio": "mean of π(y_t)/π_old(y_t) over the tokens of all updates of the step",
+    "val/ratio_var": "variance of π(y_t)/π_old(y_t) over the same tokens",
+    "val/first_ratio_error": "max |π(y_t)/π_old(y_t) − 1| at the step's first update; must be 0",
+    "policy/approxkl_avg": "mean of (ρ − 1) − log ρ, ρ = π/π_old: k3 of D_KL(π_old ‖ π). Nats per token",
+    "policy/clipfrac_avg": "share of tokens with ρ outside 1 ± cliprange",
+    "val/clipfrac_avg": "share of tokens with |V − V_old| > cliprange_value",
+    "val/explained_variance": "1 − Var(R_t − V_t) / Var(R_t), before the step's updates",
+    "val/advantage_std": "σ by which advantages, and the loss-side β, are divided",
+    "loss/policy_avg": "clipped policy loss, mean over tokens",
+    "loss/value_avg": "clipped value loss, mean over tokens, before vf_coef",
+    "loss/kl_avg": "β/σ · mean over tokens of the differentiated k_t; 0 when it is in the reward only",
+    "update/grad_norm": "gradient norm before clipping, mean over the step's updates",
+    "time/generation": "seconds: sampling the responses",
+    "time/scoring": "seconds: reward model and judges",
+    "time/statistics": "seconds: policy, reference and critic on the responses, without gradient",
+    "time/optimisation": "seconds: the step's updates, but for the last optimiser step",
+    "time/step": "seconds: the whole step",
+    "episode": "responses sampled so far",
+    "loss": "total loss of the step's last update",
+    "grad_norm": "gradient norm of the step's last update, before clipping",
+    "learning_rate": "of the step's last update",
+    "epoch": "passes over the prompts so far",
+}
+"""Every metric by its formula. A key ending in ``_se`` is the standard error of the mean before it
+(responses independent); b runs over responses, t over their real tokens, π is the policy that
+sampled, q the reference, h_t the prefix before y_t."""
+
+
+def described(name: str) -> str | None:
+    """What the vocabulary says of a metric, standard errors, judges and ``eval_`` keys included.
+
+    >>> described("kl/rb_se")[:14]
+    'standard error'
+    """
+    name = name.removeprefix("eval_")
+    if name.endswith("_se"):
+        mean = described(name.removesuffix("_se"))
+        return mean and f"standard error of: {mean}"
+    if name.startswith("judge/"):
+        return VOCABULARY["judge/*"]
+    return VOCABULARY.get(name)
+
+
+def average_steps(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over logged steps; standard errors add in squares: se = √(Σ se²) / n.
+
+    >>> average_steps([{"x": 1.0, "x_se": 3.0}, {"x": 3.0, "x_se": 4.0}])
+    {'x': 2.0, 'x_se': 2.5}
+    """
+    merged = {}
+    for key in steps[0]:
+        values = [step[key] for step in steps]
+        if key.endswith("_se"):
+            merged[key] = math.sqrt(sum(value**2 for value in values)) / len(values)
+        elif key == "episode":
+            merged[key] = values[-1]
+        else:
+            merged[key] = sum(values) / len(values)
+    return merged
+
+
+def _json_number(value: Any) -> Any:
+    """None for nan and inf, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log to ``metrics.jsonl`` in the output folder, whatever else is reported to.
+
+    A run that resumes first drops the records after its checkpoint, so that each step stands once.
+    """
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Keeps the records up to the step that training goes on from."""
+        path = self._path(args)
+        kept = []
+        if state.global_step > 0 and path.is_file():
+            lines = path.read_text().splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(temporary, path)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes one record."""
+        if logs and state.is_world_process_zero:
+            with self._path(args).open("a") as file:
+                record = {"step": state.global_step, **logs}
+                file.write(json.dumps({k: _json_number(v) for k, v in record.items()}) + "\n")
+
+    @staticmethod
+    def _path(args: TrainingArguments) -> Path:
+        return Path(str(args.output_dir)) / "metrics.jsonl"

@@ -1,0 +1,502 @@
+"""KL-penalised PPO on transformers.Trainer: one training step is one whole PPO update."""
+
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import TrainOutput
+
+from reward_models import RewardModel
+from rlkl.kl import (
+    AdaptiveKLCoefficient,
+    FixedKLCoefficient,
+    KLCoefficient,
+    KLPlacement,
+    SampledEstimator,
+    TokenLogp,
+    TokenStats,
+    check_placement,
+    fused_logp_loss,
+    fused_token_loss,
+    get_estimator,
+    kl_rewards,
+    sequence_kl,
+)
+from rlkl.models import Critic, frozen_copy, linear_head, reference_model, response_hidden
+from rlkl.rl import (
+    clipped_policy_loss,
+    clipped_value_loss,
+    gae,
+    penalise_missing_eos,
+    token_rewards,
+    whiten,
+)
+from rlkl.rollout import Responses, Rollout, collect_rollout, sample_responses, token_statistics
+from rlkl.rollout.collect import sum_of
+from rlkl.rollout.summary import summarise, token_kl
+from rlkl.trainers.config import PPOConfig
+from rlkl.trainers.metrics import MetricsFile, average_steps
+from rlkl.trainers.tracking import log_completions, wandb_run
+
+
+class StepClock:
+    """Seconds of each part of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Adds the time of the block to `part`."""
+        begin = time.perf_counter()
+        yield
+        self.seconds[f"time/{part}"] += time.perf_counter() - begin
+
+
+class PPOTrainer(Trainer):
+    """Proximal policy optimisation of a language model under a KL penalty.
+
+    Maximises E[score] − β D_KL(policy ‖ ref) over responses sampled from the policy. Which estimate
+    of the KL is penalised and where it enters are `args.kl_estimator` and `args.kl_placement`; this
+    class takes the sampled k1 in the reward, :class:`RaoBlackwellPPOTrainer` the exact KL. Whatever
+    is penalised, every step measures k1, k3 and the exact KL on its own responses, with standard
+    errors.
+
+    A step: prompts -> responses -> scores -> token statistics of policy and reference -> rewards ->
+    advantages -> clipped losses over several epochs. The loop around it, checkpoints and schedules are
+    those of transformers.Trainer.
+
+    Reference: Fine-Tuning Language Models from Human Preferences (Ziegler et al., 2019),
+    https://arxiv.org/abs/1909.08593; Proximal Policy Optimization Algorithms (Schulman et al., 2017),
+    https://arxiv.org/abs/1707.06347.
+
+    Args:
+        model: the policy, a causal LM or one with a PEFT adapter. It is used without dropout.
+        reward_funcs: a reward model, or several whose scores are added; see `reward_models`.
+        args: settings.
+        train_dataset: prompts, in a column ``prompt``.
+        eval_dataset: prompts for `evaluate`.
+        processing_class: the policy's tokenizer. Reward models bring their own.
+        ref_model: the reference; None takes a frozen copy of the policy as it is now, or, with an
+            adapter, the policy with the adapter off, which needs no second copy.
+        peft_config: puts this adapter on the policy.
+        judges: reward models that are reported beside the score and never trained on, by name.
+        callbacks: further transformers callbacks.
+
+    Raises:
+        ValueError: an estimator in a placement where its gradient is not that of the sequence KL
+            (unless ``allow_biased_kl``), fewer prompts than a step needs, an empty prompt.
+    """
+
+    default_estimator: ClassVar[str] = "k1"
+    default_placement: ClassVar[str] = "reward"
+
+    args: PPOConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        reward_funcs: RewardModel | Sequence[RewardModel],
+        args: PPOConfig,
+        train_dataset: Dataset,
+        processing_class: PreTrainedTokenizerBase,
+        eval_dataset: Dataset | None = None,
+        ref_model: nn.Module | None = None,
+        peft_config: PeftConfig | None = None,
+        judges: Mapping[str, RewardModel] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self.estimator = get_estimator(args.kl_estimator or self.default_estimator)
+        self.placement = KLPlacement(args.kl_placement or self.default_placement)
+        check_placement(self.estimator, self.placement, args.allow_biased_kl)
+        check_prompts(train_dataset, at_least=args.per_device_train_batch_size)
+        if args.world_size > 1:
+            raise ValueError(
+                f"{args.world_size} processes were started; rlkl's PPO runs in one process"
+            )
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)  # pyright: ignore[reportArgumentType]
+        if ref_model is None and not isinstance(model, PeftModel):
+            ref_model = frozen_copy(model)
+        self.ref_model = ref_model
+        width = linear_head(model).weight.shape[1]
+        self.critic = Critic(width, trunk=_trainable_copy(model) if args.separate_value_model else None)
+        self.reward = sum_of(reward_funcs if isinstance(reward_funcs, Sequence) else [reward_funcs])
+        self.judges = dict(judges or {})
+        self.kl_coefficient: KLCoefficient = (
+            FixedKLCoefficient(args.kl_coef)
+            if args.kl_target is None
+            else AdaptiveKLCoefficient(args.kl_coef, args.kl_target, args.kl_horizon)
+        )
+        self._unlogged: list[dict[str, float]] = []
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collate_prompts,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=[*(callbacks or []), MetricsFile()],
+        )
+        self.tokenizer = processing_class
+        self.critic.to(args.device)
+        if self.ref_model is not None:
+            self.ref_model.to(args.device).eval()
+
+    # ---- one step --------------------------------------------------------------------------------
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """One PPO update: rollout, advantages, epochs. The Trainer applies the last gradient."""
+        self.model.eval()  # dropout off: π_old, π and the reference must be the same functions
+        clock = StepClock()
+        with clock("step"):
+            rollout = self.rollout(inputs["prompt"], self._generator("sampling"), clock)
+            metrics = summarise(rollout)
+            advantages, returns, scale = self.advantages(rollout, metrics)
+            with clock("optimisation"):
+                loss = self.optimise(rollout, advantages, returns, scale, metrics)
+            self.kl_coefficient.update(metrics["objective/kl"], len(rollout))
+        metrics["episode"] = (self.state.global_step + 1) * len(rollout)
+        self._unlogged.append(metrics | clock.seconds)
+        every, step = self.args.log_completions_steps, self.state.global_step
+        if every > 0 and step % every == 0:
+            folder = Path(str(self.args.output_dir))
+            log_completions(rollout, step, self.args.num_completions, folder)
+        return loss
+
+    @torch.no_grad()
+    def rollout(self, prompts: list[str], generator: torch.Generator, clock: StepClock) -> Rollout:
+        """Prompts -> responses, their scores, and what policy, reference and critic say of them."""
+        args = self.args
+        prompts = [prompt for prompt in prompts for _ in range(args.num_generations)]
+        with clock("generation"), self.accelerator.autocast():
+            responses = sample_responses(
+                self.model,
+                self.tokenizer,
+                prompts,
+                args.response_length,
+                temperature=args.temperature,
+                generator=generator,
+                max_prompt_length=args.max_prompt_length,
+            )
+        with clock("statistics"):
+            tokens = self.token_statistics(responses)
+        with clock("scoring"):
+            return collect_rollout(responses, self.reward, tokens, self.judges)
+
+    def token_statistics(self, responses: Responses):
+        """Log-probabilities, exact KL, entropy and values of the responses' tokens."""
+        return token_statistics(
+            self.model,
+            self.ref_model,
+            responses,
+            critic=self.critic,
+            temperature=self.args.temperature,
+            batch_size=self.args.micro_batch_size or self.args.mini_batch_size,
+            autocast=self.accelerator.autocast,
+        )
+
+    def advantages(
+        self, rollout: Rollout, metrics: dict[str, float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Advantages [B, T], returns [B, T] and the scale σ by which the advantages were divided."""
+        args, mask, kl_coef = self.args, rollout.responses.mask, self.kl_coefficient.value
+        k = token_kl(self.estimator.name, rollout)
+        cost = torch.zeros_like(k)
+        if self.placement is not KLPlacement.LOSS:
+            cost = kl_rewards(k, mask, own_token=self.estimator.claims.own_token)
+        scores = penalise_missing_eos(
+            rollout.scores, rollout.responses.ended, args.missing_eos_penalty
+        )
+        rewards = token_rewards(scores, cost, mask, kl_coef)
+        values = rollout.tokens.values
+        assert values is not None  # the trainer always passes its critic
+        advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
+        scale = torch.ones(())
+        if args.whiten_advantages:
+            advantages, scale = whiten(advantages, mask)
+        metrics |= {
+            "objective/kl": float(sequence_kl(k, mask).mean()),
+            "objective/non_score_reward": float(-kl_coef * cost.sum(1).mean()),
+            "objective/rlhf_reward": float(rewards.sum(1).mean()),
+            "kl_coef": kl_coef,
+            "val/explained_variance": _explained_variance(values[mask], returns[mask]),
+            "val/advantage_std": float(scale),
+        }
+        return advantages, returns, scale
+
+    def optimise(
+        self,
+        rollout: Rollout,
+        advantages: Tensor,
+        returns: Tensor,
+        scale: Tensor,
+        metrics: dict[str, float],
+    ) -> Tensor:
+        """All epochs of minibatches; the last minibatch's gradient is left for the Trainer to apply.
+
+        The first epoch takes the responses in the order in which they were measured, so that its
+        first update sees π = π_old to the last bit; later epochs shuffle.
+        """
+        generator = self._generator("minibatches")
+        updates: list[dict[str, Tensor]] = []
+        loss = torch.zeros(())
+        self.optimizer.zero_grad()
+        for epoch in range(self.args.num_ppo_epochs):
+            order = torch.arange(len(rollout))
+            if epoch > 0 and self.args.num_mini_batches > 1:
+                order = torch.randperm(len(rollout), generator=generator)
+            for rows in order.split(self.args.mini_batch_size):
+                if updates:
+                    self._apply_gradient()
+                update = self.accumulate_gradient(rollout, rows, advantages, returns, scale)
+                updates.append(update)
+                loss = update["loss"]
+        self._clip_critic()
+        metrics |= _update_metrics(updates)
+        return loss
+
+    def accumulate_gradient(
+        self,
+        rollout: Rollout,
+        rows: Tensor,
+        advantages: Tensor,
+        returns: Tensor,
+        scale: Tensor,
+    ) -> dict[str, Tensor]:
+        """Gradient of one minibatch: means over its tokens of policy, value and KL losses.
+
+        The KL in the loss is divided by the advantages' scale σ: both channels of the objective
+        E[score] − β D_KL keep their proportion.
+        """
+        args, mask = self.args, rollout.responses.mask
+        count = mask[rows].sum()
+        kl_weight = 0.0
+        if self.placement is not KLPlacement.REWARD:
+            kl_weight = self.kl_coefficient.value / float(scale)
+
+        def token_loss(
+            stats: TokenStats | TokenLogp, old_logp: Tensor, advantage: Tensor
+        ) -> Tensor:
+            loss = clipped_policy_loss(stats.policy_logp, old_logp, advantage, args.cliprange)
+            if isinstance(stats, TokenStats):
+                loss = loss + kl_weight * self._loss_kl(stats)
+            return loss.sum() / count
+
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=mask.device))
+        old, head = rollout.tokens, linear_head(self.model)
+        assert old.values is not None  # the trainer always passes its critic
+        for micro in rows.split(args.micro_batch_size or len(rows)):
+            batch = rollout.responses.rows(micro)
+            ids, attention = batch.input_ids, batch.attention_mask
+            old_logp, old_values, advantage, target, ref_hidden = (
+                x[micro, : batch.tokens.shape[1]][batch.mask]
+                for x in (old.policy_logp, old.values, advantages, returns, old.ref_hidden)
+            )
+            with self.accelerator.autocast():
+                hidden = response_hidden(self.model, ids, attention, batch.tokens.shape[1])
+                values = self.critic(hidden, ids, attention)[batch.mask]
+            policy = (hidden[batch.mask], head.weight)
+            sample = (batch.tokens[batch.mask], old_logp, advantage)
+            shared = {"policy_bias": head.bias, "temperature": args.temperature}
+            if self.placement is KLPlacement.REWARD:
+                policy_loss, stats = fused_logp_loss(token_loss, *policy, *sample, **shared)
+            else:
+                with reference_model(self.model, self.ref_model) as ref:
+                    reference = linear_head(ref)
+                policy_loss, stats = fused_token_loss(
+                    token_loss,
+                    *policy,
+                    ref_hidden,
+                    reference.weight,
+                    *sample,
+                    ref_bias=reference.bias,
+                    **shared,
+                )
+            value_loss = clipped_value_loss(values, old_values, target, args.cliprange_value)
+            value_loss = value_loss.sum() / count
+            loss = policy_loss + args.vf_coef * value_loss
+            self.accelerator.backward(loss)
+
+            with torch.no_grad():
+                log_ratio = stats.policy_logp - old_logp
+                ratio = log_ratio.exp()
+                if isinstance(stats, TokenStats):
+                    sums["kl_loss"] += kl_weight * self._loss_kl(stats).sum() / count
+                sums["loss"] += loss.detach()
+                sums["policy_loss"] += policy_loss.detach()
+                sums["value_loss"] += value_loss.detach()
+                sums["ratio"] += ratio.sum() / count
+                sums["ratio_squared"] += ratio.square().sum() / count
+                sums["approx_kl"] += (torch.expm1(log_ratio) - log_ratio).sum() / count
+                sums["clipped"] += ((ratio - 1).abs() > args.cliprange).sum() / count
+                moved = (values - old_values).abs() > args.cliprange_value
+                sums["value_clipped"] += moved.sum() / count
+                sums["ratio_error"] = torch.maximum(sums["ratio_error"], (ratio - 1).abs().max())
+        sums["policy_loss"] -= sums["kl_loss"]
+        return dict(sums)
+
+    def _loss_kl(self, stats: TokenStats) -> Tensor:
+        """k_t with its gradient, from one chunk's statistics."""
+        if isinstance(self.estimator, SampledEstimator):
+            return self.estimator.from_token_logp(stats.policy_logp, stats.ref_logp)
+        return stats.kl
+
+    def _apply_gradient(self) -> None:
+        """Clips and steps between minibatches, as the Trainer does after the last one."""
+        self._clip_critic()
+        if self.args.max_grad_norm > 0:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _clip_critic(self) -> None:
+        """The critic's gradient is clipped by itself: the Trainer clips the policy's."""
+        if self.args.max_grad_norm > 0:
+            self.accelerator.clip_grad_norm_(self.critic.parameters(), self.args.max_grad_norm)
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        """Randomness of this step alone, so that a resumed run draws what it would have drawn."""
+        offset = {"sampling": 0, "minibatches": 1, "evaluation": 2}[purpose]
+        seed = (self.args.seed << 34) + (self.state.global_step << 2) + offset
+        return torch.Generator(device=self.args.device).manual_seed(seed)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Trainer.train, in a W&B run of the experiment's group (estimator and placement)."""
+        names = [self.estimator.name, str(self.placement), type(self).__name__]
+        with wandb_run(self.args, self.args.to_dict(), group="-".join(names[:2]), tags=names):
+            return super().train(*args, **kwargs)
+
+    # ---- what surrounds a step -------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimiser, with the critic as a parameter group of its own."""
+        if self.optimizer is None:
+            super().create_optimizer(model)
+            self.optimizer.add_param_group(
+                {
+                    "params": [p for p in self.critic.parameters() if p.requires_grad],
+                    "lr": self.args.value_learning_rate or self.args.learning_rate,
+                    "weight_decay": 0.0,
+                }
+            )
+        return self.optimizer
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Samples a response to each evaluation prompt and summarises: score, judges, KL, errors.
+
+        The randomness is the same at every call, so that evaluations differ by the policy alone.
+        """
+        data = eval_dataset if eval_dataset is not None else self.eval_dataset
+        check_prompts(data, at_least=1)
+        self.model.eval()
+        generator = torch.Generator(device=self.args.device).manual_seed(self.args.seed)
+        summary = summarise(self.rollout(list(data["prompt"]), generator, StepClock()))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in summary.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the metrics of the steps since the last log."""
+        if self._unlogged and "loss" in logs:
+            logs = {**logs, **average_steps(self._unlogged)}
+            self._unlogged.clear()
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the policy as `from_pretrained` reads it; critic and KL coefficient beside it."""
+        super().save_model(output_dir, _internal_call)
+        folder = Path(output_dir or str(self.args.output_dir))
+        if self.args.should_save:
+            save_model(self.critic, str(folder / "critic.safetensors"))
+            state = json.dumps(self.kl_coefficient.state_dict())
+            (folder / "kl_coefficient.json").write_text(state)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        folder = Path(resume_from_checkpoint)
+        load_model(self.critic, str(folder / "critic.safetensors"))
+        state = json.loads((folder / "kl_coefficient.json").read_text())
+        self.kl_coefficient.load_state_dict(state)
+
+
+def collate_prompts(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Rows of a dataset as columns; tokenising is the sampler's."""
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def check_prompts(data: Any, at_least: int) -> None:
+    """Refuses a dataset that cannot give `at_least` non-empty prompts.
+
+    Raises:
+        ValueError: says which column, how many rows, or which row is the trouble.
+    """
+    if data is None or "prompt" not in data.column_names:
+        columns = None if data is None else data.column_names
+        raise ValueError(f"a dataset with a 'prompt' column is needed; it has {columns}")
+    empty = [i for i, prompt in enumerate(data["prompt"]) if not prompt.strip()]
+    if empty:
+        raise ValueError(f"prompt {empty[0]} is empty ({len(empty)} of {len(data)} are)")
+    if len(data) < at_least:
+        raise ValueError(
+            f"{len(data)} prompts for per_device_train_batch_size={at_least}; "
+            "give more prompts or a smaller batch"
+        )
+
+
+def _trainable_copy(model: nn.Module) -> nn.Module:
+    copy = frozen_copy(model)
+    return copy.requires_grad_(True)
+
+
+def _explained_variance(values: Tensor, returns: Tensor) -> float:
+    variance = returns.var(correction=0)
+    if variance == 0:
+        return math.nan
+    return float(1 - (returns - values).var(correction=0) / variance)
+
+
+def _update_metrics(updates: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Means over a step's updates, in the vocabulary's names."""
+
+    def mean(key: str) -> float:
+        return float(torch.stack([update[key] for update in updates]).mean())
+
+    ratio = mean("ratio")
+    return {
+        "loss/policy_avg": mean("policy_loss"),
+        "loss/value_avg": mean("value_loss"),
+        "loss/kl_avg": mean("kl_loss"),
+        "policy/approxkl_avg": mean("approx_kl"),
+        "policy/clipfrac_avg": mean("clipped"),
+        "val/clipfrac_avg": mean("value_clipped"),
+        "val/ratio": ratio,
+        "val/ratio_var": mean("ratio_squared") - ratio**2,
+        "val/first_ratio_error": float(updates[0]["ratio_error"]),
+    }
