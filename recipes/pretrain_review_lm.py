@@ -6,8 +6,9 @@
 
 Local files work the same: ``--train_data train.jsonl.xz unsup.jsonl.xz --eval_data test.jsonl.xz``.
 Muon moves the matrices of the blocks, AdamW everything else; the learning rate warms up, stays, and
-falls linearly to zero over the last part. A run that is stopped goes on from its last checkpoint when the
-same command is given again. Ends with nats per token and per byte on held-out review starts.
+falls linearly to zero over the last part. A run that is stopped goes on from its last checkpoint
+when the same command is given again. Ends with nats per token and per byte on held-out review
+starts.
 """
 
 import argparse
@@ -35,7 +36,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--train_data", nargs="+", required=True, help="files or hub ids (id:split)")
+    parser.add_argument(
+        "--train_data", nargs="+", required=True, help="files or hub ids (id:split)"
+    )
     parser.add_argument("--eval_data", required=True, help="held-out reviews: file or hub id")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--vocab_size", type=int, default=4096)
@@ -45,15 +48,22 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--positions", type=int, default=128, help="longest context")
     parser.add_argument("--window", type=int, default=48, help="tokens of most training windows")
     parser.add_argument(
-        "--long_every", type=int, default=8, help="every n-th batch has windows of --positions tokens"
+        "--long_every",
+        type=int,
+        default=8,
+        help="every n-th batch has windows of --positions tokens",
     )
-    parser.add_argument("--start_share", type=float, default=0.7, help="windows at a review's start")
+    parser.add_argument(
+        "--start_share", type=float, default=0.7, help="windows at a review's start"
+    )
     parser.add_argument("--batch_tokens", type=int, default=3072, help="tokens per update")
     parser.add_argument("--tokens", type=float, default=2e7, help="tokens to train on in all")
     parser.add_argument("--muon_lr", type=float, default=0.02)
     parser.add_argument("--adam_lr", type=float, default=3e-3)
     parser.add_argument("--warmup_steps", type=int, default=100)
-    parser.add_argument("--decay_share", type=float, default=0.5, help="last share, lr falling to 0")
+    parser.add_argument(
+        "--decay_share", type=float, default=0.5, help="last share, lr falling to 0"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save_every", type=int, default=500, help="steps between checkpoints")
@@ -89,9 +99,7 @@ class ReviewTokens:
         anywhere = rng.integers(0, last, batch)
         at_start = np.minimum(rng.choice(self.starts, batch), last)
         begin = np.where(rng.random(batch) < start_share, at_start, anywhere)
-        return torch.from_numpy(
-            self.ids[begin[:, None] + np.arange(length + 1)].astype(np.int64)
-        )
+        return torch.from_numpy(self.ids[begin[:, None] + np.arange(length + 1)].astype(np.int64))
 
 
 @torch.no_grad()
@@ -125,7 +133,9 @@ def nats_on_starts(
     }
 
 
-def make_optimizers(model: GPT2LMHeadModel, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    model: GPT2LMHeadModel, args: argparse.Namespace
+) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for embeddings, norms and biases."""
     matrices, rest = [], []
     for name, parameter in model.named_parameters():

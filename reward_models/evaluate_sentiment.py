@@ -4,14 +4,16 @@
         --test_data stanfordnlp/imdb:test --policy_tokenizer runs/review_lm --output quality.json
 
 Each classifier reads every test review whole (up to its 512 tokens) and its first 48 tokens alone,
-by the policy's tokenizer and by its own. The baseline is logistic regression on word counts, fitted
-to the whole labelled half that the classifier learned from. Expected calibration error (ECE):
+by the policy's tokenizer and by its own; CPU seconds are those of scoring 64 and 512 openings in
+one call. The baseline is logistic regression on word counts, fitted to the whole labelled half that
+the classifier learned from. Expected calibration error (ECE):
 Σ_b n_b/n · |accuracy_b − confidence_b| over 15 equal bins of confidence max(p, 1 − p)
 between 0.5 and 1 (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
 """
 
 import argparse
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,16 @@ def figures(p: np.ndarray, label: np.ndarray) -> dict[str, float]:
     }
 
 
+def cpu_seconds(classifier: SentimentReward, texts: list[str], repeats: int = 5) -> float:
+    """Median CPU time of scoring `texts`, tokenization included."""
+    times = []
+    for _ in range(repeats):
+        begun = time.process_time()
+        classifier([""] * len(texts), texts)
+        times.append(time.process_time() - begun)
+    return round(float(np.median(times)), 4)
+
+
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
@@ -77,12 +89,16 @@ def main() -> None:
     for role, half in halves.items():
         folder = args.reward if role == "reward" else args.judge
         classifier = SentimentReward(folder)
-        own = {"first_48_own_tokens": openings(texts, classifier.tokenizer, args.tokens)}
+        own = openings(texts, classifier.tokenizer, args.tokens)
         sure[role] = {
             view: classifier.probability_positive(seen).numpy()
-            for view, seen in (views | own).items()
+            for view, seen in (views | {"first_48_own_tokens": own}).items()
         }
         table[role] = {view: figures(p, label) for view, p in sure[role].items()}
+        for count in (64, 512):
+            table[role][f"cpu_seconds_{count}_openings"] = cpu_seconds(
+                classifier, views["first_48"][:count]
+            )
         table[role]["architecture"] = type(classifier.model).__name__
         table[role]["parameters"] = classifier.model.num_parameters()
 

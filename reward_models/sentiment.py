@@ -141,8 +141,9 @@ def _load(name: str):
             f"the folder {name} has no model weights (model.safetensors); save a classifier there "
             f"with save_pretrained, or name another reward model"
         )
-    verbosity = logging.get_verbosity()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # a missing head is an error below, not a warning
+    logging.disable_progress_bar()
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True
@@ -152,6 +153,8 @@ def _load(name: str):
         raise OSError(f"reward model {name}: {str(error).strip().splitlines()[0]}") from error
     finally:
         logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"]))
         raise ValueError(

@@ -1,8 +1,8 @@
 """One side of `ppo_step.py` in a process of its own: a few whole PPO updates, timed.
 
-Runs in the Python of rlkl or in that of `trl==1.12.0`, so it imports either only where it is used. Both sides
-are timed by the same callback: from the end of one update to the end of the next, so that everything
-around an update (data loading, logging, garbage collection) is counted.
+Runs in the Python of rlkl or in that of `trl==1.12.0`, so it imports either only where it is used.
+Both sides are timed by the same callback: from the end of one update to the end of the next, so
+that everything around an update (data loading, logging, garbage collection) is counted.
 
     python ppo_step_worker.py '{"side": "trl", "folder": ..., "threads": 1, ...}'
 
@@ -13,6 +13,7 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 SCORE_UNIT = 1000.0
+"""Ids and lengths are divided by it, so that scores are of the order of 1."""
 
 
 class UpdateTimer(TrainerCallback):
@@ -96,9 +98,9 @@ class TrunkCritic(nn.Module):
         nn.init.zeros_(self.score.bias)
 
 
-def text_reward(prompts: list[str], texts: list[str]) -> list[float]:
+def text_reward(prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
     """rlkl's side of the cheapest reward: the number of characters."""
-    return [len(text) / SCORE_UNIT for text in texts]
+    return torch.tensor([len(text) / SCORE_UNIT for text in responses])
 
 
 def load_policy(spec: dict[str, Any]) -> Any:
@@ -109,10 +111,10 @@ def load_policy(spec: dict[str, Any]) -> Any:
     )
 
 
-def common_settings(spec: dict[str, Any], timer_folder: str) -> dict[str, Any]:
+def common_settings(spec: dict[str, Any], folder: str) -> dict[str, Any]:
     """Training arguments that both sides share."""
     return {
-        "output_dir": timer_folder,
+        "output_dir": folder,
         "per_device_train_batch_size": spec["batch_size"],
         "num_ppo_epochs": spec["epochs"],
         "num_mini_batches": spec["mini_batches"],
@@ -132,8 +134,11 @@ def common_settings(spec: dict[str, Any], timer_folder: str) -> dict[str, Any]:
 
 def run_trl(spec: dict[str, Any], prompts: list[str], timer: UpdateTimer) -> dict[str, Any]:
     """TRL's experimental PPO, its dataset tokenised as rlkl's sampler does."""
-    import trl
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    import trl  # pyright: ignore[reportMissingImports]
+    from trl.experimental.ppo import (  # pyright: ignore[reportMissingImports]
+        PPOConfig,
+        PPOTrainer,
+    )
 
     tokenizer = AutoTokenizer.from_pretrained(spec["model"], padding_side="left")
     policy = load_policy(spec)
@@ -152,13 +157,13 @@ def run_trl(spec: dict[str, Any], prompts: list[str], timer: UpdateTimer) -> dic
         processing_class=tokenizer,
         model=policy,
         ref_model=None,
-        reward_model=TokenReward(),  # pyright: ignore[reportArgumentType]
-        value_model=critic,  # pyright: ignore[reportArgumentType]
+        reward_model=TokenReward(),
+        value_model=critic,
         train_dataset=Dataset.from_dict({"input_ids": rows}),
         callbacks=[timer],
     )
     trainer.train()
-    return {"trl": trl.__version__, "attention": policy.config._attn_implementation}
+    return {"trl": trl.__version__, "attention_used": policy.config._attn_implementation}
 
 
 def rlkl_trainer(spec: dict[str, Any], prompts: list[str], side: str, callbacks: list[Any]) -> Any:
@@ -193,7 +198,7 @@ def run_rlkl(spec: dict[str, Any], prompts: list[str], timer: UpdateTimer) -> di
     names = [name for name in steps[0] if name.startswith("time/")]
     return {
         "parts": {name: [step[name] for step in steps] for name in names},
-        "attention": trainer.model.config._attn_implementation,
+        "attention_used": trainer.model.config._attn_implementation,
     }
 
 
@@ -227,7 +232,7 @@ def run_exact_beside_sampled(spec: dict[str, Any], prompts: list[str]) -> dict[s
     return {
         "wall": {side: seconds[skip:] for side, seconds in wall.items()},
         "cpu": {side: seconds[skip:] for side, seconds in cpu.items()},
-        "attention": trainers["rlkl"].model.config._attn_implementation,
+        "attention_used": trainers["rlkl"].model.config._attn_implementation,
     }
 
 

@@ -17,7 +17,8 @@ def load_prompts(source: str | Path, column: str = "prompt") -> Dataset:
     """A dataset with one column, ``prompt``, of non-empty texts.
 
     Args:
-        source: a ``.txt`` file (one prompt a line), a ``.jsonl`` or ``.csv`` file with `column`, or a
+        source: a ``.txt`` file (one prompt a line), a ``.jsonl`` or ``.csv`` file with `column`,
+        or a
             hub data set id (``id:split``, split "train" if none is named).
         column: where the prompts are; renamed to ``prompt``.
 
@@ -45,13 +46,24 @@ def load_prompts(source: str | Path, column: str = "prompt") -> Dataset:
 
 
 def _read(path: Path, column: str) -> list[str]:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".txt":
-        return [line.rstrip() for line in text.splitlines() if line.strip()]
-    if path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    else:
-        rows = list(csv.DictReader(text.splitlines()))
-    if rows and column not in rows[0]:
-        raise ValueError(f"{path} has the columns {sorted(rows[0])}, not {column!r}")
-    return [row[column] for row in rows]
+    with path.open(encoding="utf-8", newline="") as file:
+        if path.suffix == ".txt":
+            return [line.rstrip() for line in file if line.strip()]
+        if path.suffix == ".csv":
+            rows = list(csv.DictReader(file))
+        else:
+            rows = [_json_row(path, i, line) for i, line in enumerate(file, 1) if line.strip()]
+    without = [row for row in rows if column not in row]
+    if without:
+        raise ValueError(f"{path} has the columns {sorted(without[0])}, not {column!r}")
+    return [row[column] or "" for row in rows]
+
+
+def _json_row(path: Path, number: int, line: str) -> dict[str, str]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}, line {number} is no JSON object but {row!r}")
+    return row

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +13,45 @@ from rlkl.kl import mean_and_stderr
 from rlkl.rollout import sample_responses, score_responses
 
 
-class BestOfN(NamedTuple):
-    """Reward of best-of-n over prompts, with the bound on its KL."""
+@dataclass(frozen=True)
+class BestOfN:
+    """Scores of n samples of the reference for each prompt."""
 
-    n: int
-    reward: float
-    """Mean over prompts of the best score among n samples of the reference."""
-    stderr: float
-    """Standard error over prompts."""
-    kl_bound: float
-    """log n − (n − 1)/n nats per response: no best-of-n is further from the reference than that."""
-    mean_score: float
-    """Mean score of all the samples: the reference's own reward."""
     scores: Tensor
     """[prompts, n]"""
+
+    @property
+    def n(self) -> int:
+        """Samples per prompt."""
+        return self.scores.shape[1]
+
+    @property
+    def reward(self) -> float:
+        """Mean over prompts of the best score among the n samples."""
+        return float(mean_and_stderr(self.scores.amax(1)).mean)
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of `reward`, over prompts."""
+        return float(mean_and_stderr(self.scores.amax(1)).stderr)
+
+    @property
+    def mean_score(self) -> float:
+        """Mean score of all the samples: the reference's own reward."""
+        return float(self.scores.mean())
+
+    @property
+    def kl_bound(self) -> float:
+        """Log n − (n − 1)/n nats per response: best-of-n is no further from the reference than
+        that.
+
+        Reference: Theoretical guarantees on the best-of-n alignment policy (Beirami et al., 2024),
+        https://arxiv.org/abs/2401.01879, which proves it an upper bound.
+
+        >>> round(BestOfN(torch.zeros(1, 64)).kl_bound, 3)
+        3.175
+        """
+        return math.log(self.n) - (self.n - 1) / self.n
 
 
 def best_of_n(
@@ -42,9 +67,9 @@ def best_of_n(
     batch_size: int = 256,
     on_batch: Callable[[int], None] | None = None,
 ) -> BestOfN:
-    """Samples n responses per prompt from the reference and averages each prompt's best score.
+    """Samples n responses per prompt from the reference and scores them.
 
-    The KL bound log n − (n − 1)/n is that of Beirami et al. (2024), https://arxiv.org/abs/2401.01879.
+    `on_batch` is called with the number of responses sampled in each batch, for a progress bar.
     """
     repeated = [prompt for prompt in prompts for _ in range(n)]
     responses = sample_responses(
@@ -57,13 +82,4 @@ def best_of_n(
         batch_size=batch_size,
         on_batch=on_batch,
     )
-    scores = score_responses(reward, responses).view(len(prompts), n)
-    mean, stderr = mean_and_stderr(scores.amax(1))
-    return BestOfN(
-        n=n,
-        reward=float(mean),
-        stderr=float(stderr),
-        kl_bound=math.log(n) - (n - 1) / n,
-        mean_score=float(scores.mean()),
-        scores=scores,
-    )
+    return BestOfN(score_responses(reward, responses).view(len(prompts), n))

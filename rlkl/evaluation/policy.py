@@ -1,4 +1,6 @@
-"""A policy on held-out prompts: reward, judges, KL from the reference, each with its standard error."""
+"""A policy on held-out prompts: reward, judges, KL from the reference, each with its standard
+error.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -47,8 +49,8 @@ def evaluate_policy(
 ) -> Evaluation:
     """Samples one response to each prompt and measures it, in the precision of the weights.
 
-    One response per prompt, so that responses are independent and the standard errors are those of a
-    mean over prompts. The seed fixes the draws: two policies are compared on the same noise.
+    One response per prompt, so that responses are independent and the standard errors are those of
+    a mean over prompts. The seed fixes the draws: two policies are compared on the same noise.
 
     Args:
         policy: the policy, in eval mode while this runs.

@@ -22,9 +22,7 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(
-        self, policy_hidden: Tensor, input_ids: Tensor, attention_mask: Tensor
-    ) -> Tensor:
+    def forward(self, policy_hidden: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Values [B, T] in float32.
 
         Args:
@@ -34,8 +32,6 @@ class Critic(nn.Module):
         """
         hidden = policy_hidden
         if self.trunk is not None:
-            hidden = response_hidden(
-                self.trunk, input_ids, attention_mask, policy_hidden.shape[1]
-            )
+            hidden = response_hidden(self.trunk, input_ids, attention_mask, policy_hidden.shape[1])
         with torch.autocast(hidden.device.type, enabled=False):
             return self.head(hidden.float()).squeeze(-1)

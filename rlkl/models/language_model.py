@@ -50,14 +50,14 @@ def load_causal_lm(
     Raises:
         ValueError: a folder that is not there, or has no weights.
     """
-    source = str(name_or_path or EMBEDDED_LM)
+    source = os.path.expanduser(name_or_path or EMBEDDED_LM)
     if os.path.isdir(source):
         if not any(os.path.isfile(os.path.join(source, name)) for name in _WEIGHTS):
             raise ValueError(
                 f"{source} holds no weights (looked for {', '.join(_WEIGHTS[:2])}, …); "
                 "name a folder written by save_pretrained"
             )
-    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
+    elif source.startswith((".", "/")) or source.count("/") > 1:
         raise ValueError(f"no such model folder: {source}")
     if attn_implementation is None and torch.device(device).type == "cpu":
         attn_implementation = "eager"

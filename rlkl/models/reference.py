@@ -10,7 +10,8 @@ from torch import nn
 
 @contextmanager
 def reference_model(policy: nn.Module, ref_model: nn.Module | None) -> Iterator[nn.Module]:
-    """Gives the reference: `ref_model` where there is one, else the PEFT policy with its adapter off.
+    """Gives the reference: `ref_model` where there is one, else the PEFT policy with its adapter
+    off.
 
     Example:
         with reference_model(policy, None) as ref:

@@ -1,4 +1,6 @@
-"""The mathematics of PPO as functions of tensors: advantages, losses, rewards. Depends on torch alone."""
+"""The mathematics of PPO as functions of tensors: advantages, losses, rewards. Depends on torch
+alone.
+"""
 
 from rlkl.rl.advantages import gae, whiten
 from rlkl.rl.losses import clipped_policy_loss, clipped_value_loss

@@ -14,7 +14,8 @@ def gae(
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """Advantages and returns of finite episodes that end at their last real token.
 
-    δ_t = r_t + γ V_{t+1} − V_t,   A_t = δ_t + γ λ A_{t+1},   R_t = A_t + V_t, with V = A = 0 past the end.
+    δ_t = r_t + γ V_{t+1} − V_t,   A_t = δ_t + γ λ A_{t+1},   R_t = A_t + V_t, with V = A = 0 past
+    the end.
 
     A response cut at the length limit is treated as ended there: the objective is that of the
     process of that length.
@@ -76,6 +77,7 @@ def whiten(
     real = x[mask]
     mean = real.mean()
     scale = (real - mean).square().mean().sqrt()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    rounding = 8 * torch.finfo(x.dtype).eps * real.abs().max()  # a constant's mean is not exact
+    scale = torch.where(scale > rounding, scale, torch.ones_like(scale))
     shifted = (x - mean) / scale if shift_mean else (x - mean) / scale + mean
     return shifted.masked_fill(~mask, 0.0), scale

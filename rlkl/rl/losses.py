@@ -27,7 +27,9 @@ def clipped_policy_loss(
     """
     ratio = (logp - old_logp.detach()).exp()
     advantages = advantages.detach()
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - cliprange, 1 + cliprange) * advantages)
+    return -torch.minimum(
+        ratio * advantages, ratio.clamp(1 - cliprange, 1 + cliprange) * advantages
+    )
 
 
 def clipped_value_loss(

@@ -30,7 +30,7 @@ def token_rewards(
         >>> token_rewards(torch.tensor([2.0]), torch.tensor([[0.5, 1.0, 0.0]]), mask, 0.1)
         tensor([[-0.0500,  1.9000,  0.0000]])
     """
-    rewards = -kl_coef * kl_cost.masked_fill(~mask, 0.0)
+    rewards = (-kl_coef * kl_cost).masked_fill(~mask, 0.0)
     last = mask.sum(1, keepdim=True) - 1
     return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
 

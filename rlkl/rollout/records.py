@@ -1,4 +1,6 @@
-"""The records that flow through a step, with their shapes. B responses, P prompt and T response tokens."""
+"""The records that flow through a step, with their shapes. B responses, P prompt and T response
+tokens.
+"""
 
 from dataclasses import dataclass, fields, replace
 
@@ -96,6 +98,7 @@ class Rollout:
 
     def __len__(self) -> int:
         return len(self.responses)
+
 
 def _take(value, index: Tensor):
     """Rows of every tensor and list in a record."""

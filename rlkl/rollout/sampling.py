@@ -1,7 +1,8 @@
-"""Ancestral sampling of responses from a causal LM, with the key-value cache and without `generate`.
+"""Ancestral sampling of responses from a causal LM, with the key-value cache and without
+`generate`.
 
-`generate` spends, for a small model, more time on its own bookkeeping than on the model. Here a step is one
-pass of the trunk, one product with the head, and one draw.
+`generate` spends, for a small model, more time on its own bookkeeping than on the model. Here a
+step is one pass of the trunk, one product with the head, and one draw.
 """
 
 import inspect
@@ -18,7 +19,8 @@ from rlkl.rollout.records import Responses
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_length: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Token ids and mask of the prompts, left-padded, opened by the tokenizer's bos token if it has one.
+    """Token ids and mask of the prompts, left-padded, opened by the tokenizer's bos token if it
+    has one.
 
     A prompt longer than `max_length` tokens loses its beginning, as a context window would.
 
@@ -108,7 +110,9 @@ def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     small model's forward pass. Float64, so that rare tokens keep their probability in the sum.
     """
     cumulative = logits.double().softmax(-1).cumsum(-1)
-    uniform = torch.rand(len(logits), 1, generator=generator, device=logits.device, dtype=torch.double)
+    uniform = torch.rand(
+        len(logits), 1, generator=generator, device=logits.device, dtype=torch.double
+    )
     drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
     return drawn.clamp(max=logits.shape[1] - 1)
 
@@ -184,7 +188,9 @@ def sample_responses(
 
 
 def _eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """End-of-text ids of the tokenizer and of the model's generation config (chat models have several)."""
+    """End-of-text ids of the tokenizer and of the model's generation config (chat models have
+    several).
+    """
     ids = {tokenizer.eos_token_id}
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids.update(configured if isinstance(configured, list) else [configured])

@@ -1,6 +1,7 @@
-"""What a rollout says about its policy: means with standard errors, in the names of the vocabulary table."""
+"""What a rollout says about its policy: means with standard errors, in the names of the vocabulary
+table.
+"""
 
-import torch
 from torch import Tensor
 
 from rlkl.kl import (

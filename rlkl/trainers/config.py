@@ -7,7 +7,9 @@ from transformers import TrainingArguments
 
 
 def bf16_is_fast() -> bool:
-    """Whether this machine multiplies bfloat16 matrices in hardware: an accelerator, or AMX on a CPU."""
+    """Whether this machine multiplies bfloat16 matrices in hardware: an accelerator, or AMX on a
+    CPU.
+    """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_amx_tile_supported()
@@ -31,7 +33,8 @@ class PPOConfig(TrainingArguments):
         metadata={"help": "Logits are divided by it, in sampling and in every probability."},
     )
     max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Longest prompt in tokens; longer ones lose their beginning."}
+        default=None,
+        metadata={"help": "Longest prompt in tokens; longer ones lose their beginning."},
     )
     num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over each rollout."})
     num_mini_batches: int = field(
@@ -112,6 +115,8 @@ class PPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast()
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # TrainingArguments refuses bf16 on a CPU that was not asked for
         super().__post_init__()
         positive = (
             "response_length",
@@ -145,6 +150,12 @@ class PPOConfig(TrainingArguments):
             raise ValueError(
                 f"minibatches of {self.mini_batch_size} responses do not divide into "
                 f"micro_batch_size={micro}"
+            )
+
+        if self.kl_target is not None and self.kl_horizon <= self.responses_per_step:
+            raise ValueError(
+                f"kl_horizon is {self.kl_horizon}; an adaptive β moves by up to 20% in as many "
+                f"responses: use more than a step's {self.responses_per_step}"
             )
 
     @property

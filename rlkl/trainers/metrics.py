@@ -95,8 +95,12 @@ def _json_number(value: Any) -> Any:
 class MetricsFile(TrainerCallback):
     """Appends every log to ``metrics.jsonl`` in the output folder, whatever else is reported to.
 
-    A run that resumes first drops the records after its checkpoint, so that each step stands once.
+    A run that resumes first drops the records after its checkpoint, so that each step stands once;
+    a new run drops those of the run before it.
     """
+
+    def __init__(self) -> None:
+        self.written: set[str] = set()
 
     def on_train_begin(
         self,
@@ -105,15 +109,18 @@ class MetricsFile(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Keeps the records up to the step that training goes on from."""
-        path = self._path(args)
-        kept = []
-        if state.global_step > 0 and path.is_file():
-            lines = path.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(temporary, path)
+        """Keeps the records of the steps that training goes on from."""
+        # A completion carries the number of steps before its own, a metric that of its own.
+        for name, last in (("metrics", state.global_step), ("completions", state.global_step - 1)):
+            path = self._path(args).with_name(f"{name}.jsonl")
+            if path.is_file():
+                lines = path.read_text().splitlines(keepends=True)
+                whole = [line for line in lines if line.endswith("\n")]  # the last may be cut
+                own = [line for line in whole if state.global_step > 0 or line in self.written]
+                kept = [line for line in own if json.loads(line)["step"] <= last]
+                temporary = path.with_suffix(".tmp")
+                temporary.write_text("".join(kept))
+                os.replace(temporary, path)
 
     def on_log(
         self,
@@ -127,7 +134,9 @@ class MetricsFile(TrainerCallback):
         if logs and state.is_world_process_zero:
             with self._path(args).open("a") as file:
                 record = {"step": state.global_step, **logs}
-                file.write(json.dumps({k: _json_number(v) for k, v in record.items()}) + "\n")
+                line = json.dumps({k: _json_number(v) for k, v in record.items()}) + "\n"
+                file.write(line)
+                self.written.add(line)
 
     @staticmethod
     def _path(args: TrainingArguments) -> Path:

@@ -15,6 +15,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.integrations import WandbCallback
 from transformers.trainer_utils import TrainOutput
 
 from reward_models import RewardModel
@@ -47,7 +48,7 @@ from rlkl.rollout.collect import sum_of
 from rlkl.rollout.summary import summarise, token_kl
 from rlkl.trainers.config import PPOConfig
 from rlkl.trainers.metrics import MetricsFile, average_steps
-from rlkl.trainers.tracking import log_completions, wandb_run
+from rlkl.trainers.tracking import WandbMirror, log_completions, wandb_run
 
 
 class StepClock:
@@ -74,12 +75,12 @@ class PPOTrainer(Trainer):
     errors.
 
     A step: prompts -> responses -> scores -> token statistics of policy and reference -> rewards ->
-    advantages -> clipped losses over several epochs. The loop around it, checkpoints and schedules are
-    those of transformers.Trainer.
+    advantages -> clipped losses over several epochs. The loop around it, checkpoints and schedules
+    are those of transformers.Trainer.
 
     Reference: Fine-Tuning Language Models from Human Preferences (Ziegler et al., 2019),
-    https://arxiv.org/abs/1909.08593; Proximal Policy Optimization Algorithms (Schulman et al., 2017),
-    https://arxiv.org/abs/1707.06347.
+    https://arxiv.org/abs/1909.08593; Proximal Policy Optimization Algorithms (Schulman et al.,
+    2017), https://arxiv.org/abs/1707.06347.
 
     Args:
         model: the policy, a causal LM or one with a PEFT adapter. It is used without dropout.
@@ -131,7 +132,9 @@ class PPOTrainer(Trainer):
             ref_model = frozen_copy(model)
         self.ref_model = ref_model
         width = linear_head(model).weight.shape[1]
-        self.critic = Critic(width, trunk=_trainable_copy(model) if args.separate_value_model else None)
+        self.critic = Critic(
+            width, trunk=_trainable_copy(model) if args.separate_value_model else None
+        )
         self.reward = sum_of(reward_funcs if isinstance(reward_funcs, Sequence) else [reward_funcs])
         self.judges = dict(judges or {})
         self.kl_coefficient: KLCoefficient = (
@@ -149,6 +152,8 @@ class PPOTrainer(Trainer):
             processing_class=processing_class,
             callbacks=[*(callbacks or []), MetricsFile()],
         )
+        if self.pop_callback(WandbCallback) is not None:
+            self.add_callback(WandbMirror)
         self.tokenizer = processing_class
         self.critic.to(args.device)
         if self.ref_model is not None:
@@ -215,7 +220,9 @@ class PPOTrainer(Trainer):
     def advantages(
         self, rollout: Rollout, metrics: dict[str, float]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Advantages [B, T], returns [B, T] and the scale σ by which the advantages were divided."""
+        """Advantages [B, T], returns [B, T] and the scale σ by which the advantages were
+        divided.
+        """
         args, mask, kl_coef = self.args, rollout.responses.mask, self.kl_coefficient.value
         k = token_kl(self.estimator.name, rollout)
         cost = torch.zeros_like(k)
@@ -249,7 +256,8 @@ class PPOTrainer(Trainer):
         scale: Tensor,
         metrics: dict[str, float],
     ) -> Tensor:
-        """All epochs of minibatches; the last minibatch's gradient is left for the Trainer to apply.
+        """All epochs of minibatches; the last minibatch's gradient is left for the Trainer to
+        apply.
 
         The first epoch takes the responses in the order in which they were measured, so that its
         first update sees π = π_old to the last bit; later epochs shuffle.
@@ -377,11 +385,14 @@ class PPOTrainer(Trainer):
         seed = (self.args.seed << 34) + (self.state.global_step << 2) + offset
         return torch.Generator(device=self.args.device).manual_seed(seed)
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> TrainOutput:
         """Trainer.train, in a W&B run of the experiment's group (estimator and placement)."""
         names = [self.estimator.name, str(self.placement), type(self).__name__]
-        with wandb_run(self.args, self.args.to_dict(), group="-".join(names[:2]), tags=names):
-            return super().train(*args, **kwargs)
+        resume = bool(resume_from_checkpoint)
+        with wandb_run(self.args, self.args.to_dict(), "-".join(names[:2]), names, resume):
+            return super().train(resume_from_checkpoint, **kwargs)
 
     # ---- what surrounds a step -------------------------------------------------------------------
 

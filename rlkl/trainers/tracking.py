@@ -2,12 +2,15 @@
 
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import wandb
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import WandbCallback
 
 from rlkl.kl import sequence_kl
 from rlkl.rollout import Rollout
@@ -16,19 +19,23 @@ from rlkl.trainers.config import PPOConfig
 
 
 def wandb_mode() -> str:
-    """"online" where a key is at hand, else "offline"; the environment's WANDB_MODE goes first."""
+    """ "online" where a key is at hand, else "offline"; the environment's WANDB_MODE goes first."""
     chosen = os.environ.get("WANDB_MODE")
     if chosen:
         return chosen
-    return "online" if wandb.Api().api_key else "offline"
+    return "online" if wandb.login(prompt=False, verify=False) else "offline"
 
 
 @contextmanager
-def wandb_run(args: PPOConfig, config: dict[str, Any], group: str, tags: list[str]) -> Iterator[None]:
+def wandb_run(
+    args: PPOConfig, config: dict[str, Any], group: str, tags: list[str], resume: bool = False
+) -> Iterator[None]:
     """Opens a W&B run for the block if `args.report_to` names wandb and none is open.
 
-    Without a key the run is written to ``<output_dir>/wandb`` and can be sent later by ``wandb sync``.
-    The run's id is kept in the output folder, so that a resumed training goes on in the same run.
+    Without a key the run is written to ``<output_dir>/wandb`` and can be sent later by ``wandb
+    sync``. The run's id is kept in the output folder, so that a training that is resumed (`resume`,
+    or ``args.resume_from_checkpoint``) goes on in the same run; any other training is a run of its
+    own.
     """
     if "wandb" not in args.report_to or wandb.run is not None:
         yield
@@ -36,8 +43,8 @@ def wandb_run(args: PPOConfig, config: dict[str, Any], group: str, tags: list[st
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     id_file = folder / "wandb_run_id.txt"
-    if not id_file.is_file():
-        id_file.write_text(wandb.util.generate_id())
+    if not (id_file.is_file() and (resume or args.resume_from_checkpoint)):
+        id_file.write_text(secrets.token_hex(4))
     run = wandb.init(
         project=args.wandb_project,
         name=args.run_name,
@@ -56,12 +63,40 @@ def wandb_run(args: PPOConfig, config: dict[str, Any], group: str, tags: list[st
         run.finish()
 
 
+class WandbMirror(WandbCallback):
+    """The Trainer's callback, which opens no run of its own and so never asks for a key.
+
+    What is logged while no `wandb_run` is open, such as an evaluation before training, is in the
+    files alone.
+    """
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Takes note of the settings, in every run anew."""
+        self._initialized = False
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Logs to the open run, if there is one."""
+        if wandb.run is not None:
+            super().on_log(args, state, control, **kwargs)
+
+
 def log_completions(rollout: Rollout, step: int, count: int, folder: Path) -> None:
     """The first `count` responses with their scores and KL: to ``completions.jsonl`` and to W&B."""
     mask = rollout.responses.mask
-    kl = {
-        name: sequence_kl(token_kl(name, rollout), mask).tolist() for name in REPORTED_ESTIMATORS
-    }
+    kl = {name: sequence_kl(token_kl(name, rollout), mask).tolist() for name in REPORTED_ESTIMATORS}
     rows = [
         {
             "step": step,

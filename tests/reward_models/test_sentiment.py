@@ -177,33 +177,36 @@ def test_text_beyond_max_length_is_not_read(reversed_labels):
     torch.testing.assert_close(scores[0], scores[1])
 
 
-@pytest.mark.parametrize("folder", [EMBEDDED_REWARD, EMBEDDED_JUDGE], ids=["reward", "judge"])
+@pytest.fixture(scope="module", params=[EMBEDDED_REWARD, EMBEDDED_JUDGE], ids=["reward", "judge"])
+def embedded(request) -> SentimentReward:
+    return SentimentReward(request.param)
+
+
 class TestEmbeddedClassifiers:
-    def test_ranks_obvious_sentences(self, folder):
-        reward = SentimentReward(folder)
+    def test_ranks_obvious_sentences(self, embedded):
         good = ["A wonderful, moving film. I loved every minute.", "One of the best movies ever."]
         bad = ["A dreadful, boring film. I hated every minute.", "One of the worst movies ever."]
-        assert (reward.probability_positive(good) > 0.75).all()
-        assert (reward.probability_positive(bad) < 0.25).all()
+        assert (embedded.probability_positive(good) > 0.75).all()
+        assert (embedded.probability_positive(bad) < 0.25).all()
 
-    def test_score_does_not_depend_on_batch_neighbours_or_padding(self, folder):
+    def test_score_does_not_depend_on_batch_neighbours_or_padding(self, embedded, monkeypatch):
         texts = [
             "Great.",
             "The plot was thin, but the actors made it worth the evening, and I would go again.",
             "",
             "Dull from the first scene to the last. " * 12,
         ]
-        alone = torch.cat([SentimentReward(folder)([""], [text]) for text in texts])
-        together = SentimentReward(folder, batch_size=4)([""] * 4, texts)
-        backwards = SentimentReward(folder, batch_size=3)([""] * 4, texts[::-1]).flip(0)
+        alone = torch.cat([embedded([""], [text]) for text in texts])
+        together = embedded([""] * 4, texts)
+        monkeypatch.setattr(embedded, "batch_size", 3)
+        backwards = embedded([""] * 4, texts[::-1]).flip(0)
         torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
         torch.testing.assert_close(backwards, alone, atol=1e-4, rtol=0)
 
-    def test_labels_are_named_and_weights_are_float32_in_use(self, folder):
-        reward = SentimentReward(folder)
-        assert reward.model.config.id2label == {0: "negative", 1: "positive"}
-        assert not reward.model.training
-        assert all(p.dtype == torch.float32 for p in reward.model.parameters())
+    def test_labels_are_named_and_weights_are_float32_in_use(self, embedded):
+        assert embedded.model.config.id2label == {0: "negative", 1: "positive"}
+        assert not embedded.model.training
+        assert all(p.dtype == torch.float32 for p in embedded.model.parameters())
 
 
 def test_reward_and_judge_are_different_models():

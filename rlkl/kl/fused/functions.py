@@ -1,0 +1,315 @@
+"""The fused functions and how autograd sees them."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rlkl.kl.fused.engine import Gradients, Problem
+from rlkl.kl.fused.records import TokenLogp, TokenStats
+
+
+def fused_token_stats(
+    policy_hidden: Float[Tensor, "N H"],
+    policy_head: Float[Tensor, "V H"],
+    ref_hidden: Float[Tensor, "N G"],
+    ref_head: Float[Tensor, "W G"],
+    tokens: Int[Tensor, " N"],
+    *,
+    policy_bias: Float[Tensor, " V"] | None = None,
+    ref_bias: Float[Tensor, " W"] | None = None,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    gemm_dtype: torch.dtype | None = None,
+) -> TokenStats:
+    """Log-probabilities, exact D_KL(policy ‖ ref) and entropy per token, for any later use.
+
+    Differentiable in policy_hidden, policy_head and policy_bias through policy_logp, kl and
+    entropy; the reference is treated as constant. The backward pass multiplies the logits again;
+    where the loss is known, `fused_token_loss` saves that.
+
+    Valid for tokens sampled from the policy at this temperature, without top-k or top-p. Where the
+    reference forbids (bias −inf) what the policy allows, kl is +inf and its gradient NaN.
+
+    Args:
+        policy_hidden: last hidden states of the policy, at the positions that predict `tokens`.
+        policy_head: rows of the policy's output embedding.
+        ref_hidden: last hidden states of the reference; its width may differ.
+        ref_head: rows of the reference's output embedding.
+        tokens: the sampled tokens.
+        policy_bias: added to the policy's logits; −inf forbids a token.
+        ref_bias: added to the reference's logits; −inf forbids a token.
+        temperature: sampling temperature; all logits are divided by it.
+        vocab_size: use only the first rows of both heads (the rest pads the vocabulary).
+        chunk_size: tokens multiplied at once; default 64 to 512, about 6.5 million logits.
+        gemm_dtype: torch.bfloat16 rounds the factors of every matrix product to bfloat16 where the
+            CPU multiplies that faster; sums and logits stay float32. Models whose weights differ by
+            less than bfloat16's 3 digits then look alike. Default: no rounding.
+
+    Returns:
+        TokenStats of `[N]` tensors, nats per token.
+
+    Raises:
+        ValueError: shapes, vocabularies, tokens, temperature or gemm_dtype do not fit.
+
+    Example:
+        >>> import torch
+        >>> hidden, head = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+        >>> tokens = torch.tensor([0, 1])
+        >>> fused_token_stats(hidden, head, hidden, 2 * head, tokens).kl
+        tensor([0.1120, 0.1120])
+        >>> fused_token_stats(hidden, head, hidden, head, tokens).kl
+        tensor([0., 0.])
+    """
+    problem = Problem.of(
+        (policy_hidden, policy_head, policy_bias),
+        (ref_hidden, ref_head, ref_bias),
+        tokens,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        chunk_size=chunk_size,
+        gemm_dtype=gemm_dtype,
+    )
+    return TokenStats(*_Statistics.apply(problem, policy_hidden, policy_head, policy_bias))
+
+
+def fused_token_logp(
+    policy_hidden: Float[Tensor, "N H"],
+    policy_head: Float[Tensor, "V H"],
+    tokens: Int[Tensor, " N"],
+    *,
+    policy_bias: Float[Tensor, " V"] | None = None,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    gemm_dtype: torch.dtype | None = None,
+) -> TokenLogp:
+    """Log-probability and entropy per token of one model: `fused_token_stats` without a reference.
+
+    Differentiable in policy_hidden, policy_head and policy_bias. Arguments, validity and errors are
+    those of `fused_token_stats`.
+
+    Returns:
+        TokenLogp of `[N]` tensors, nats per token.
+
+    Example:
+        >>> import torch
+        >>> hidden, head = torch.zeros(1, 2), torch.ones(4, 2)
+        >>> fused_token_logp(hidden, head, torch.tensor([3])).entropy
+        tensor([1.3863])
+    """
+    problem = Problem.of(
+        (policy_hidden, policy_head, policy_bias),
+        None,
+        tokens,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        chunk_size=chunk_size,
+        gemm_dtype=gemm_dtype,
+    )
+    return TokenLogp(*_Statistics.apply(problem, policy_hidden, policy_head, policy_bias))
+
+
+def fused_token_loss(
+    loss_fn: Callable[..., Tensor],
+    policy_hidden: Float[Tensor, "N H"],
+    policy_head: Float[Tensor, "V H"],
+    ref_hidden: Float[Tensor, "N G"],
+    ref_head: Float[Tensor, "W G"],
+    tokens: Int[Tensor, " N"],
+    *per_token: Tensor,
+    policy_bias: Float[Tensor, " V"] | None = None,
+    ref_bias: Float[Tensor, " W"] | None = None,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    gemm_dtype: torch.dtype | None = None,
+) -> tuple[Float[Tensor, ""], TokenStats]:
+    """Σ over chunks of loss_fn(stats, *per_token), with its gradient made in the same pass.
+
+    The logits are multiplied once: when this returns, the gradients of policy_hidden, policy_head
+    and policy_bias are ready, and `loss.backward()` hands them out, times the upstream scalar.
+    Under torch.no_grad only the value is computed.
+
+    The gradient flows through the statistics alone: per_token holds constants, and tensors that
+    loss_fn closes over get no gradient. All other arguments are those of `fused_token_stats`.
+
+    Args:
+        loss_fn: called on each chunk with TokenStats of `[n]` tensors and the `[n, ...]` slices of
+            per_token; returns a scalar, the *sum* over the chunk's tokens (for a mean, divide by
+            the number of all tokens inside it).
+        policy_hidden: last hidden states of the policy.
+        policy_head: rows of the policy's output embedding.
+        ref_hidden: last hidden states of the reference.
+        ref_head: rows of the reference's output embedding.
+        tokens: the sampled tokens.
+        *per_token: tensors with N rows: advantages, old log-probabilities, coefficients.
+        policy_bias: added to the policy's logits.
+        ref_bias: added to the reference's logits.
+        temperature: sampling temperature.
+        vocab_size: use only the first rows of both heads.
+        chunk_size: tokens multiplied at once.
+        gemm_dtype: precision of the factors of matrix products.
+
+    Returns:
+        The loss, a scalar that can be differentiated once, and the detached TokenStats `[N]`.
+
+    Raises:
+        ValueError: as `fused_token_stats`; also for a per_token of another length or that requires
+            a gradient, and a loss_fn that does not return a scalar.
+
+    Example:
+        >>> import torch
+        >>> hidden = torch.eye(2, requires_grad=True)
+        >>> head = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+        >>> weight = torch.tensor([1.0, 0.5])
+        >>> loss, stats = fused_token_loss(
+        ...     lambda stats, weight: (weight * stats.kl).sum(),
+        ...     hidden, head, hidden.detach(), 2 * head, torch.tensor([0, 1]), weight,
+        ... )
+        >>> loss.backward()
+        >>> round(loss.item(), 3), hidden.grad.shape
+        (0.168, torch.Size([2, 2]))
+    """
+    problem = Problem.of(
+        (policy_hidden, policy_head, policy_bias),
+        (ref_hidden, ref_head, ref_bias),
+        tokens,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        chunk_size=chunk_size,
+        gemm_dtype=gemm_dtype,
+    )
+    chunk_loss = _ChunkLoss(loss_fn, problem, per_token)
+    loss, *stats = _Loss.apply(
+        problem, chunk_loss, torch.is_grad_enabled(), policy_hidden, policy_head, policy_bias
+    )
+    return loss, TokenStats(*stats)
+
+
+def fused_logp_loss(
+    loss_fn: Callable[..., Tensor],
+    policy_hidden: Float[Tensor, "N H"],
+    policy_head: Float[Tensor, "V H"],
+    tokens: Int[Tensor, " N"],
+    *per_token: Tensor,
+    policy_bias: Float[Tensor, " V"] | None = None,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    gemm_dtype: torch.dtype | None = None,
+) -> tuple[Float[Tensor, ""], TokenLogp]:
+    """`fused_token_loss` without a reference: loss_fn gets a TokenLogp (PPO with a sampled KL).
+
+    Returns:
+        The loss, a scalar that can be differentiated once, and the detached TokenLogp `[N]`.
+
+    Example:
+        >>> import torch
+        >>> hidden, head = torch.zeros(1, 2, requires_grad=True), torch.eye(2)
+        >>> loss, _ = fused_logp_loss(
+        ...     lambda stats: -stats.policy_logp.sum(), hidden, head, torch.tensor([0])
+        ... )
+        >>> loss.backward()
+        >>> hidden.grad
+        tensor([[-0.5000,  0.5000]])
+    """
+    problem = Problem.of(
+        (policy_hidden, policy_head, policy_bias),
+        None,
+        tokens,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        chunk_size=chunk_size,
+        gemm_dtype=gemm_dtype,
+    )
+    chunk_loss = _ChunkLoss(loss_fn, problem, per_token)
+    loss, *stats = _Loss.apply(
+        problem, chunk_loss, torch.is_grad_enabled(), policy_hidden, policy_head, policy_bias
+    )
+    return loss, TokenLogp(*stats)
+
+
+class _Statistics(torch.autograd.Function):
+    """Statistics now; gradients for whatever upstream arrives, by a second sweep."""
+
+    @staticmethod
+    def forward(ctx, problem, hidden, weight, bias):
+        ctx.set_materialize_grads(False)
+        ctx.problem = problem
+        ctx.save_for_backward(hidden, weight, bias)
+        stats = problem.sweep()
+        if problem.ref is not None:
+            ctx.mark_non_differentiable(stats[TokenStats._fields.index("ref_logp")])
+        return stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *upstream):  # pyright: ignore[reportIncompatibleMethodOverride] (decorated)
+        problem, inputs = ctx.problem, ctx.saved_tensors  # the read refuses modified inputs
+        given = {
+            name: gradient
+            for name, gradient in zip(problem.record._fields, upstream, strict=True)
+            if gradient is not None
+        }
+        gradients = Gradients(problem.policy, inputs, ctx.needs_input_grad[1:])
+        problem.sweep(lambda rows, _: {k: g[rows] for k, g in given.items()}, gradients)
+        return None, *gradients.in_dtype_of(inputs)
+
+
+class _Loss(torch.autograd.Function):
+    """Loss and gradients in one sweep; backward multiplies them by the upstream scalar."""
+
+    @staticmethod
+    def forward(ctx, problem, chunk_loss, differentiate, hidden, weight, bias):
+        inputs, needed = (hidden, weight, bias), ctx.needs_input_grad[3:]
+        gradients = None
+        if differentiate and any(needed):
+            gradients = Gradients(problem.policy, inputs, needed)
+        stats = problem.sweep(chunk_loss, gradients)
+        if gradients is not None:
+            ctx.save_for_backward(*gradients.in_dtype_of(inputs))
+        ctx.mark_non_differentiable(*stats)
+        return chunk_loss.total, *stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *upstream):  # pyright: ignore[reportIncompatibleMethodOverride] (decorated)
+        gradients, scale = ctx.saved_tensors, upstream[0]
+        if scale != 1:
+            gradients = [None if g is None else g * scale.to(g.dtype) for g in gradients]
+        return None, None, None, *gradients
+
+
+class _ChunkLoss:
+    """loss_fn on one chunk: adds its value to `total`, returns its gradient per statistic."""
+
+    def __init__(
+        self, loss_fn: Callable[..., Tensor], problem: Problem, per_token: tuple[Tensor, ...]
+    ):
+        n = len(problem.tokens)
+        for i, x in enumerate(per_token):
+            if x.shape[:1] != (n,):
+                raise ValueError(f"per_token[{i}] has shape {tuple(x.shape)}: pass {n} rows")
+            if x.requires_grad:
+                raise ValueError(f"per_token[{i}] requires a gradient, but is constant: detach it")
+        self.loss_fn, self.record, self.per_token = loss_fn, problem.record, per_token
+        self.total = torch.zeros((), dtype=problem.policy.dtype, device=problem.tokens.device)
+
+    def __call__(self, rows: slice, stats: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        named = {k: x.detach() for k, x in zip(self.record._fields, stats, strict=True)}
+        inputs = {k: x.requires_grad_() for k, x in named.items() if k != "ref_logp"}
+        with torch.enable_grad():
+            loss = self.loss_fn(self.record(**named), *(x[rows] for x in self.per_token))
+        if loss.shape != ():
+            raise ValueError(
+                f"loss_fn returned shape {tuple(loss.shape)}: return the sum over its tokens"
+            )
+        self.total += loss.detach()
+        if not loss.requires_grad:  # this chunk's loss does not depend on the statistics
+            return {}
+        gradients = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
+        return {k: g for k, g in zip(inputs, gradients, strict=True) if g is not None}

@@ -1,0 +1,86 @@
+"""Prompts and reviews from files: what is read, and what is refused in one line."""
+
+import json
+import lzma
+
+import pytest
+
+from rlkl.data import clean_text, load_prompts, load_reviews
+
+
+def test_a_text_file_holds_one_prompt_a_line_and_blank_lines_are_none(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("The film\n\nA plot that  \n", encoding="utf-8")
+    assert load_prompts(path)["prompt"] == ["The film", "A plot that"]
+
+
+def test_jsonl_and_csv_are_read_by_column(tmp_path):
+    rows = [{"opening": "The film", "id": 1}, {"opening": 'A "plot", that', "id": 2}]
+    lines, table = tmp_path / "p.jsonl", tmp_path / "p.csv"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table.write_text('opening,id\nThe film,1\n"A ""plot"", that",2\n')
+    for path in (lines, table):
+        data = load_prompts(path, column="opening")
+        assert data.column_names == ["prompt"]
+        assert data["prompt"] == ["The film", 'A "plot", that']
+
+
+def test_a_csv_field_may_hold_a_line_break(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text('prompt\n"two\nlines"\n')
+    assert load_prompts(path)["prompt"] == ["two\nlines"]
+
+
+def test_a_line_separator_inside_a_json_text_is_no_end_of_line(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt": "one\u2028two"}, ensure_ascii=False), encoding="utf-8")
+    assert load_prompts(path)["prompt"] == ["one\u2028two"]
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no such file of prompts: .*none\.txt"):
+        load_prompts(tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "complaint"),
+    [
+        ("p.txt", "\n\n", "holds no prompts"),
+        ("p.jsonl", "", "holds no prompts"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": " "}\n', "prompt 2 of 2 is empty"),
+        ("p.csv", 'prompt,x\na,1\n"",2\n', "prompt 2 of 2 is empty"),
+        ("p.jsonl", '{"text": "a"}\n', r"has the columns \['text'\], not 'prompt'"),
+        ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "'prompt'"),
+        ("p.jsonl", '{"prompt": null}\n', "prompt 1 of 1 is empty"),
+        ("p.jsonl", "not json\n", "p.jsonl"),
+    ],
+)
+def test_bad_prompts_are_one_line_of_value_error(tmp_path, name, text, complaint):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(ValueError, match=complaint) as error:
+        load_prompts(path)
+    assert "\n" not in str(error.value)
+
+
+def test_reviews_are_cleaned_of_markup_and_keep_their_label(tmp_path):
+    path = tmp_path / "reviews.jsonl.xz"
+    with lzma.open(path, "wt") as file:
+        file.write(json.dumps({"text": "Dull.<br /><br />Truly\n dull. ", "label": 0}) + "\n")
+    data = load_reviews(str(path))
+    assert data["text"] == ["Dull. Truly dull."]
+    assert data["label"] == [0]
+
+
+def test_reviews_without_text_are_refused_and_missing_files_named(tmp_path):
+    path = tmp_path / "reviews.jsonl"
+    path.write_text('{"body": "a"}\n')
+    with pytest.raises(ValueError, match="a 'text' column is needed"):
+        load_reviews(str(path))
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_reviews(str(tmp_path / "none.jsonl"))
+
+
+def test_cleaning_twice_changes_nothing():
+    text = "  A<br>film.<BR/>\tGood "
+    assert clean_text(clean_text(text)) == clean_text(text)

@@ -1,0 +1,258 @@
+"""Token statistics against float64 logits of unpadded sequences; summaries against formulas."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from reward_models import LexiconReward
+from rlkl.models import Critic, linear_head
+from rlkl.rollout import (
+    Responses,
+    Rollout,
+    TokenRecord,
+    collect_rollout,
+    sample_responses,
+    scatter_tokens,
+    score_responses,
+    summarise,
+    token_statistics,
+)
+from rlkl.rollout.collect import sum_of
+from rlkl.trainers.metrics import described
+
+PROMPTS = ["the film", "it", "I found this plot and the end", "a plot", "on", "so it is"]
+
+
+@pytest.fixture
+def responses(lm, tokenizer) -> Responses:
+    generator = torch.Generator().manual_seed(15)
+    sampled = sample_responses(lm, tokenizer, PROMPTS, 7, temperature=2.0, generator=generator)
+    lengths = sampled.mask.sum(1).tolist()
+    assert len(set(lengths)) > 1, "the fixture should hold responses of several lengths"
+    return sampled
+
+
+@pytest.fixture
+def ref(make_lm):
+    return make_lm(seed=1)
+
+
+@torch.no_grad()
+def naive(policy, ref, responses: Responses, temperature: float) -> list[dict[str, torch.Tensor]]:
+    """The definitions, one unpadded response at a time, in float64, from all the logits."""
+    policy, ref = policy.double(), ref.double()
+    results = []
+    for i in range(len(responses)):
+        prompt = responses.prompt_ids[i][responses.prompt_mask[i]]
+        tokens = responses.tokens[i][responses.mask[i]]
+        ids = torch.cat([prompt, tokens])[None]
+        p, q = (
+            (model(ids).logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
+            for model in (policy, ref)
+        )
+        results.append(
+            {
+                "policy_logp": p.gather(1, tokens[:, None]).squeeze(1),
+                "ref_logp": q.gather(1, tokens[:, None]).squeeze(1),
+                "kl": (p.exp() * (p - q)).sum(1),
+                "entropy": -(p.exp() * p).sum(1),
+            }
+        )
+    policy.float(), ref.float()
+    return results
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("batch_size", [256, 2])
+def test_statistics_equal_the_definitions_on_unpadded_sequences(
+    lm, ref, responses, temperature, batch_size
+):
+    record = token_statistics(lm, ref, responses, temperature=temperature, batch_size=batch_size)
+    for i, expected in enumerate(naive(lm, ref, responses, temperature)):
+        for name, values in expected.items():
+            ours = getattr(record, name)[i][responses.mask[i]].double()
+            torch.testing.assert_close(ours, values, atol=1e-5, rtol=1e-5)
+
+
+def test_statistics_are_zero_where_masked(lm, ref, responses):
+    record = token_statistics(lm, ref, responses, critic=Critic(32))
+    for values in (record.policy_logp, record.ref_logp, record.kl, record.entropy, record.values):
+        assert values.shape == responses.mask.shape
+        assert values.dtype == torch.float32
+        assert not values[~responses.mask].any()
+    assert (record.entropy[responses.mask] > 0).all()
+
+
+def test_a_response_is_measured_the_same_in_any_company(lm, ref, responses):
+    whole = token_statistics(lm, ref, responses)
+    for i in range(len(responses)):
+        alone = responses.rows(torch.tensor([i]))
+        record, length = token_statistics(lm, ref, alone), int(alone.mask.sum())
+        for name in ("policy_logp", "ref_logp", "kl", "entropy"):
+            ours, theirs = getattr(whole, name)[i, :length], getattr(record, name)[0]
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_identical_models_have_kl_zero_and_equal_log_probs_to_the_last_bit(lm, make_lm, responses):
+    record = token_statistics(lm, make_lm(), responses)
+    assert not record.kl.any()
+    assert torch.equal(record.policy_logp, record.ref_logp)
+
+
+def test_the_adapters_reference_is_the_base_model(lm, make_lm, responses):
+    adapted = get_peft_model(
+        make_lm(),
+        LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM"),
+    ).eval()
+    untouched = token_statistics(adapted, None, responses)
+    assert not untouched.kl.any()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    record = token_statistics(adapted, None, responses)
+    torch.testing.assert_close(record.ref_logp, untouched.policy_logp, atol=1e-5, rtol=0)
+    assert record.kl[responses.mask].min() > 0
+    explicit = token_statistics(adapted, make_lm(), responses)
+    torch.testing.assert_close(record.kl, explicit.kl)
+
+
+def test_reference_hidden_states_give_back_the_references_logits(lm, ref, responses):
+    record = token_statistics(lm, ref, responses)
+    logits = record.ref_hidden @ linear_head(ref).weight.T
+    logp = logits.log_softmax(-1).gather(2, responses.tokens[..., None]).squeeze(2)
+    real = responses.mask
+    torch.testing.assert_close(logp[real], record.ref_logp[real], atol=1e-5, rtol=1e-5)
+
+
+def test_statistics_need_no_graph_and_leave_none(lm, ref, responses):
+    record = token_statistics(lm, ref, responses, critic=Critic(32))
+    assert not record.policy_logp.requires_grad
+    assert not record.values.requires_grad
+
+
+# --- scores -------------------------------------------------------------------------------------
+
+
+def test_the_reward_model_reads_prompts_and_texts(responses):
+    scores = score_responses(LexiconReward(), responses)
+    assert torch.equal(scores, LexiconReward()(responses.prompts, responses.texts))
+
+
+def test_several_rewards_are_added_and_judges_are_kept_apart(lm, ref, responses):
+    def length(prompts, texts):
+        return torch.tensor([float(len(text)) for text in texts])
+
+    rewards = sum_of([LexiconReward(), length])
+    record = token_statistics(lm, ref, responses)
+    rollout = collect_rollout(responses, rewards, record, {"length": length})
+    expected = score_responses(LexiconReward(), responses) + score_responses(length, responses)
+    assert torch.equal(rollout.scores, expected)
+    assert torch.equal(rollout.other_scores["length"], score_responses(length, responses))
+
+
+@pytest.mark.parametrize(
+    ("scores", "complaint"),
+    [
+        (torch.zeros(6, 2), r"scores of shape \(6, 2\) for 6 responses; one score each"),
+        (torch.zeros(5), r"scores of shape \(5,\) for 6 responses"),
+        (torch.tensor([0, 0, math.nan, 0, 0, 0]), "gave nan for .* must be finite"),
+        (torch.tensor([0, math.inf, 0, 0, 0, 0]), "gave inf for .* must be finite"),
+    ],
+)
+def test_scores_that_are_not_one_finite_number_each_are_refused(responses, scores, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        score_responses(lambda prompts, texts: scores, responses)
+
+
+# --- the summary --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rollout() -> Rollout:
+    """Two responses of two and one tokens, with round numbers and junk in the padding's tokens."""
+    mask = torch.tensor([[True, True], [True, False]])
+    policy_logp, ref_logp = (
+        torch.tensor([[-1.0, -2.0], [-0.5, 0]]),
+        torch.tensor([[-2.0, -1.5], [-1.0, 0]]),
+    )
+    return Rollout(
+        responses=Responses(
+            prompts=["a", "b"],
+            texts=["c d", "e"],
+            prompt_ids=torch.ones(2, 1, dtype=torch.long),
+            prompt_mask=torch.ones(2, 1, dtype=torch.bool),
+            tokens=torch.tensor([[1, 2], [0, 0]]),
+            mask=mask,
+            ended=torch.tensor([False, True]),
+        ),
+        scores=torch.tensor([1.0, 4.0]),
+        tokens=TokenRecord(
+            policy_logp=policy_logp,
+            ref_logp=ref_logp,
+            kl=torch.tensor([[0.25, 0.5], [1.5, 0.0]]),
+            entropy=torch.tensor([[2.0, 1.0], [3.0, 0.0]]),
+            ref_hidden=torch.zeros(2, 2, 4),
+        ),
+        other_scores={"fluency": torch.tensor([0.0, 2.0])},
+    )
+
+
+def test_the_summary_is_the_formulas_of_the_vocabulary(rollout):
+    u = [[1.0, -0.5], [0.5]]
+    k3 = [[math.exp(-x) - 1 + x for x in row] for row in u]
+    metrics = summarise(rollout)
+    expected = {
+        "kl/k1": (0.5 + 0.5) / 2,
+        "kl/k1_se": 0.0,
+        "kl/k3": (sum(k3[0]) + sum(k3[1])) / 2,
+        "kl/k3_se": abs(sum(k3[0]) - sum(k3[1])) / 2,
+        "kl/rb": (0.75 + 1.5) / 2,
+        "kl/rb_se": 0.375,
+        "kl/k1_per_token": 1.0 / 3,
+        "kl/k3_per_token": (sum(k3[0]) + sum(k3[1])) / 3,
+        "kl/rb_per_token": 2.25 / 3,
+        "objective/scores": 2.5,
+        "objective/scores_se": 1.5,
+        "objective/scores_std": 1.5,
+        "judge/fluency": 1.0,
+        "judge/fluency_se": 1.0,
+        "policy/entropy_per_token": 2.0,
+        "response/length": 1.5,
+        "response/length_se": 0.5,
+        "response/truncated_fraction": 0.5,
+    }
+    assert {key: metrics[key] for key in expected} == pytest.approx(expected, abs=1e-6)
+
+
+def test_every_key_of_the_summary_is_in_the_vocabulary(rollout):
+    assert [key for key in summarise(rollout) if described(key) is None] == []
+
+
+def test_more_padding_changes_no_number(rollout):
+    def wider(x):
+        return torch.cat([x, torch.zeros_like(x)], 1)
+
+    tokens = TokenRecord(
+        *(
+            wider(getattr(rollout.tokens, f))
+            for f in ("policy_logp", "ref_logp", "kl", "entropy", "ref_hidden")
+        )
+    )
+    responses = dataclasses.replace(
+        rollout.responses,
+        tokens=wider(rollout.responses.tokens),
+        mask=wider(rollout.responses.mask),
+    )
+    padded = dataclasses.replace(rollout, responses=responses, tokens=tokens)
+    assert summarise(padded) == pytest.approx(summarise(rollout))
+
+
+def test_tokens_go_back_to_their_places():
+    mask = torch.tensor([[True, False, True], [False, True, False]])
+    values = torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]])
+    whole = scatter_tokens(values, mask)
+    assert torch.equal(whole[mask], values)
+    assert not whole[~mask].any()

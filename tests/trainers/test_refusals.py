@@ -1,0 +1,105 @@
+"""What cannot work is refused before anything runs, in one line that names the remedy."""
+
+import pytest
+import torch
+from datasets import Dataset
+
+from rlkl.trainers import PPOTrainer, RaoBlackwellPPOTrainer
+
+
+def data(*prompts: str) -> Dataset:
+    return Dataset.from_dict({"prompt": list(prompts)})
+
+
+@pytest.mark.parametrize(
+    ("estimator", "placement", "remedy"),
+    [
+        ("rb", "reward", "placement 'both'"),
+        ("rb", "loss", "placement 'both'"),
+        ("k1", "loss", "placement 'reward' or placement 'both'"),
+        ("k3", "loss", "placement 'both'"),
+        ("k3", "reward", "placement 'both'"),
+        ("k2", "reward", "estimator 'rb' with placement 'both'"),
+        ("k2", "loss", "estimator 'rb' with placement 'both'"),
+    ],
+)
+@pytest.mark.parametrize("trainer_class", [PPOTrainer, RaoBlackwellPPOTrainer])
+def test_a_wrong_pair_is_refused_with_its_remedy_unless_allowed(
+    make_trainer, trainer_class, estimator, placement, remedy
+):
+    pair = {"kl_estimator": estimator, "kl_placement": placement}
+    with pytest.raises(ValueError, match=f"use {remedy}") as error:
+        make_trainer(trainer_class, **pair)
+    assert "allow_biased_kl=True" in str(error.value)
+    assert "\n" not in str(error.value)
+    trainer = make_trainer(trainer_class, **pair, allow_biased_kl=True, max_steps=1)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize(
+    ("estimator", "placement"), [("k1", "reward"), ("k1", "both"), ("k3", "both"), ("rb", "both")]
+)
+def test_a_right_pair_trains_in_either_trainer(make_trainer, steps, estimator, placement):
+    trainer = make_trainer(kl_estimator=estimator, kl_placement=placement)
+    trainer.train()
+    assert (steps(trainer)[1]["loss/kl_avg"] != 0) == (placement == "both")
+
+
+def test_an_estimator_that_does_not_fit_the_default_placement_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="placement 'both'"):
+        make_trainer(PPOTrainer, kl_estimator="rb")
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"kl_estimator": "k4"}, "estimator 'k4' is unknown; use one of k1, k2, k3, rb"),
+        ({"kl_placement": "here"}, "placement 'here' is unknown; use 'reward', 'loss' or 'both'"),
+        ({"kl_coef": -0.1}, "kl_coef is -0.1; it must be >= 0"),
+        ({"kl_coef": float("nan")}, "nan"),
+        ({"temperature": 0.0}, "temperature is 0.0; it must be > 0"),
+        ({"response_length": 0}, "response_length is 0; it must be > 0"),
+        ({"num_mini_batches": 3}, "8 responses per step .* do not divide into num_mini_batches=3"),
+        (
+            {"micro_batch_size": 3},
+            "minibatches of 8 responses do not divide into micro_batch_size=3",
+        ),
+        ({"num_mini_batches": 2, "micro_batch_size": 8}, "minibatches of 4 responses"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0"),
+        ({"gradient_accumulation_steps": 2}, "set micro_batch_size"),
+        ({"kl_target": 6.0, "kl_coef": 0.0}, "needs initial > 0"),
+        ({"kl_target": -1.0}, "target is -1.0"),
+        ({"kl_target": 6.0, "kl_horizon": 1.0}, "horizon"),
+        ({"per_device_train_batch_size": 64}, "12 prompts for per_device_train_batch_size=64"),
+        ({"train_dataset": data(*["it"] * 8, " ")}, "prompt 8 is empty"),
+        ({"train_dataset": Dataset.from_dict({"text": ["it"] * 8})}, "'prompt' column is needed"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) and len(str(value)) < 60 else "",
+)
+def test_settings_that_cannot_work_are_refused_in_one_line(make_trainer, changes, complaint):
+    with pytest.raises(ValueError, match=complaint) as error:
+        make_trainer(**changes)
+    assert "\n" not in str(error.value)
+
+
+def test_an_evaluation_without_prompts_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="'prompt' column is needed"):
+        make_trainer().evaluate()
+
+
+def test_a_prompt_that_its_tokenizer_makes_nothing_of_is_refused(make_trainer, make_tokenizer):
+    """White space of another kind is text to `str.strip`, and nothing to the tokenizer."""
+    trainer = make_trainer(train_dataset=data(*["it"] * 8), max_steps=1)
+    trainer.tokenizer = lambda *args, **kwargs: {"input_ids": []}
+    trainer.tokenizer.bos_token_id = None
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
+        trainer.train()
+
+
+def test_a_reward_model_that_fails_is_named_by_its_value(make_trainer):
+    def broken(prompts, texts):
+        return torch.full((len(texts),), torch.nan)
+
+    with pytest.raises(ValueError, match="the reward model gave nan for"):
+        make_trainer(reward_funcs=broken).train()

@@ -1,0 +1,108 @@
+"""A run that was interrupted and resumed is the run that was not."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlkl.trainers import PPOTrainer, RaoBlackwellPPOTrainer
+
+ADAPTIVE = {"kl_target": 0.5, "kl_horizon": 50, "kl_coef": 0.2}
+
+
+def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def untimed(record: dict) -> dict:
+    return {k: v for k, v in record.items() if not k.startswith(("time/", "train_"))}
+
+
+def step_records(folder: Path) -> list[dict]:
+    return [untimed(record) for record in lines(folder) if "kl/rb" in record]
+
+
+def interrupted(whole: Path, part: Path) -> None:
+    """What a run leaves that was killed in its fourth step: a checkpoint of the second."""
+    part.mkdir()
+    shutil.copytree(whole / "checkpoint-2", part / "checkpoint-2")
+    records = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (part / "metrics.jsonl").write_text("".join(records[:3]))
+    completions = (whole / "completions.jsonl").read_text().splitlines(keepends=True)
+    (part / "completions.jsonl").write_text("".join(completions[:12]))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"trainer_class": RaoBlackwellPPOTrainer, "num_mini_batches": 2},
+        {"separate_value_model": True, "value_learning_rate": 1e-2},
+        {"lora": True, "trainer_class": RaoBlackwellPPOTrainer},
+    ],
+    ids=str,
+)
+def test_two_steps_and_two_resumed_end_as_four_steps_end(make_trainer, lora, tmp_path, changes):
+    changes = dict(changes)
+    trainer_class = changes.pop("trainer_class", PPOTrainer)
+    if changes.pop("lora", False):
+        changes["peft_config"] = lora
+    saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "num_completions": 3}
+    settings = ADAPTIVE | saving | {"log_completions_steps": 1} | changes
+
+    whole = make_trainer(trainer_class, output_dir=str(tmp_path / "whole"), **settings)
+    whole.train()
+    interrupted(tmp_path / "whole", tmp_path / "part")
+    part = make_trainer(trainer_class, output_dir=str(tmp_path / "part"), **settings)
+    part.train(resume_from_checkpoint=True)
+
+    for ours, theirs in ((part.model, whole.model), (part.critic, whole.critic)):
+        expected = theirs.state_dict()
+        assert ours.state_dict().keys() == expected.keys()
+        for name, value in ours.state_dict().items():
+            assert torch.equal(value, expected[name]), name
+    assert part.kl_coefficient.value == whole.kl_coefficient.value != ADAPTIVE["kl_coef"]
+    assert step_records(tmp_path / "part") == step_records(tmp_path / "whole")
+    assert [r["step"] for r in step_records(tmp_path / "part")] == [1, 2, 3, 4]
+    assert lines(tmp_path / "part", "completions.jsonl") == lines(
+        tmp_path / "whole", "completions.jsonl"
+    )
+
+
+def test_the_optimiser_of_the_critic_is_in_the_checkpoint(make_trainer, tmp_path):
+    trainer = make_trainer(save_strategy="steps", save_steps=2)
+    trainer.train()
+    saved = torch.load(tmp_path / "run" / "checkpoint-2" / "optimizer.pt", weights_only=True)
+    groups = saved["param_groups"]
+    critic = groups[-1]["params"]
+    assert len(critic) == 2  # weight and bias of the head
+    assert all(saved["state"][index]["exp_avg"].abs().sum() > 0 for index in critic)
+
+
+def test_a_new_run_in_an_old_folder_starts_its_metrics_anew(make_trainer, tmp_path):
+    for seed in (1, 2):
+        trainer = make_trainer(seed=seed, num_completions=1, log_completions_steps=1)
+        trainer.train()
+    assert [r["step"] for r in step_records(tmp_path / "run")] == [1, 2]
+    assert len(lines(tmp_path / "run", "completions.jsonl")) == 2
+
+
+def test_a_record_that_was_cut_while_it_was_written_does_not_stop_a_resume(make_trainer, tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(**settings).train()
+    folder = tmp_path / "run"
+    shutil.rmtree(folder / "checkpoint-4")
+    text = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(text[:2]) + text[2][:20])
+    make_trainer(**settings).train(resume_from_checkpoint=True)
+    assert [r["step"] for r in step_records(folder)] == [1, 2, 3, 4]
+
+
+def test_the_adaptive_coefficient_rises_above_its_target_and_falls_below(make_trainer, steps):
+    for target, rises in ((1e-6, True), (1e3, False)):
+        trainer = make_trainer(kl_target=target, kl_horizon=50, max_steps=3)
+        trainer.train()
+        second, third = (step["kl_coef"] for step in steps(trainer)[1:])
+        assert (third > second) == rises

@@ -1,0 +1,139 @@
+"""W&B without a key: it never asks, writes below the output folder, and mirrors the files."""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import wandb
+from wandb.proto import wandb_internal_pb2
+
+from rlkl.trainers import RaoBlackwellPPOTrainer
+from rlkl.trainers.tracking import wandb_mode
+
+# wandb's own code under Python 3.11 and pydantic 2
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+
+
+@pytest.fixture(autouse=True)
+def _no_key_and_nobody_to_ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_PROJECT", "WANDB_DIR", "WANDB_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "wandb-home"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+    def asked(*args: object) -> None:
+        raise AssertionError("W&B asked for something")
+
+    monkeypatch.setattr("builtins.input", asked)
+    monkeypatch.setattr("getpass.getpass", asked)
+
+
+def offline_records(folder: Path) -> list[wandb_internal_pb2.Record]:
+    """All records of the one offline run below a folder."""
+    (path,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    records = []
+    for data in leveldb_records(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        records.append(record)
+    return records
+
+
+def leveldb_records(data: bytes, block: int = 32768) -> Iterator[bytes]:
+    """Records of a LevelDB log: blocks that hold chunks of checksum, length, and place (7 bytes).
+
+    The file opens with a header of 7 bytes; a chunk is a record (1), or its first (2), middle (3)
+    or last part (4); what is left of a block that is too short for a chunk's header is padding.
+    """
+    position, record = 7, b""
+    while position + 7 <= len(data):
+        if block - position % block < 7:
+            position += block - position % block
+            continue
+        _, length, place = struct.unpack("<IHB", data[position : position + 7])
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if place in (1, 4):
+            yield record
+            record = b""
+
+
+def history(records: list[wandb_internal_pb2.Record]) -> list[dict]:
+    rows = [r.history.item for r in records if r.HasField("history")]
+    return [
+        {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in row} for row in rows
+    ]
+
+
+def test_without_a_key_runs_are_offline(monkeypatch):
+    assert wandb_mode() == "offline"
+
+
+def test_with_a_key_runs_are_online_unless_the_environment_says_otherwise(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert wandb_mode() == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert wandb_mode() == "disabled"
+
+
+def test_a_whole_run_and_its_evaluations_are_in_one_offline_run(
+    make_trainer, prompts, tmp_path, steps
+):
+    """Evaluating before and after training is what a recipe does."""
+    folder = tmp_path / "run"
+    trainer = make_trainer(
+        RaoBlackwellPPOTrainer,
+        report_to=["wandb"],
+        wandb_tags=["test"],
+        eval_dataset=prompts,
+        num_completions=3,
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    trainer.evaluate()
+    assert wandb.run is None, "the run must be finished"
+    assert not (Path.cwd() / "wandb").exists()
+
+    records = offline_records(folder)
+    (run,) = (r.run for r in records if r.HasField("run"))
+    assert run.project == "rlkl"
+    assert run.run_group == "rb-both"
+    assert set(run.tags) == {"rb", "both", "RaoBlackwellPPOTrainer", "test"}
+    assert run.run_id == (folder / "wandb_run_id.txt").read_text()
+    config = {i.key: json.loads(i.value_json) for i in run.config.update}
+    assert config["kl_coef"] == 0.1
+    assert config["response_length"] == 6
+
+    rows = history(records)
+    logged = [row for row in rows if "train/kl/rb" in row]
+    assert [row["train/kl/rb"] for row in logged] == [step["kl/rb"] for step in steps(trainer)]
+    tables = [row["completions"] for row in rows if "completions" in row]
+    assert len(tables) == 1
+    table = json.loads((next((folder / "wandb").rglob(tables[0]["path"]))).read_text())
+    assert {"prompt", "response", "score", "kl/rb"} <= set(table["columns"])
+    assert len(table["data"]) == 3
+    evaluations = [row["eval/kl/rb"] for row in rows if "eval/kl/rb" in row]
+    assert len(evaluations) in (0, 2), "evaluations outside of training: both, or in files only"
+    assert before["eval_kl/rb"] == 0
+
+
+def test_group_and_project_can_be_named(make_trainer, tmp_path):
+    trainer = make_trainer(
+        report_to=["wandb"], wandb_group="mine", wandb_project="other", max_steps=1
+    )
+    trainer.train()
+    (run,) = (r.run for r in offline_records(tmp_path / "run") if r.HasField("run"))
+    assert (run.run_group, run.project) == ("mine", "other")
+
+
+def test_a_new_training_in_the_same_folder_is_a_run_of_its_own(make_trainer, tmp_path):
+    ids = []
+    for _ in range(2):
+        make_trainer(report_to=["wandb"], max_steps=1).train()
+        ids.append((tmp_path / "run" / "wandb_run_id.txt").read_text())
+    assert ids[0] != ids[1]
