@@ -143,7 +143,8 @@ def main() -> None:
         checkpoint = checkpoint_to_resume(output_dir, settings, console)
 
     names = [trainer.estimator.name, str(trainer.placement)]
-    with wandb_run(args, settings, group="-".join(names), tags=["sentiment", *names]):
+    tags, resume = ["sentiment", *names], checkpoint is not None
+    with wandb_run(args, settings, group="-".join(names), tags=tags, resume=resume):
         reference = trainer.ref_model if trainer.ref_model is not None else trainer.model
 
         def evaluate(label: str) -> Evaluation:

@@ -39,6 +39,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--reward_half", type=int, choices=(0, 1), default=0)
     parser.add_argument("--policy_tokenizer", required=True, help="its tokens count the first 48")
     parser.add_argument("--tokens", type=int, default=48, help="length of an opening")
+    parser.add_argument("--sample", type=int, help="only so many test reviews, drawn with seed 0")
     parser.add_argument("--output", type=Path, help="also write the table as JSON")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
@@ -59,8 +60,10 @@ def openings(texts: list[str], tokenizer: PreTrainedTokenizerBase, count: int) -
 
 
 def figures(p: np.ndarray, label: np.ndarray) -> dict[str, float]:
+    accuracy = float(((p > 0.5) == (label == 1)).mean())
     return {
-        "accuracy": round(float(((p > 0.5) == (label == 1)).mean()), 4),
+        "accuracy": round(accuracy, 4),
+        "accuracy_se": round((accuracy * (1 - accuracy) / len(p)) ** 0.5, 4),
         "ece": round(calibration_error(p, label), 4),
     }
 
@@ -79,6 +82,8 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     test = load_reviews(args.test_data, "test")
+    if args.sample is not None:
+        test = test.shuffle(seed=0).select(range(args.sample))
     texts, label = list(test["text"]), np.array(test["label"])
     policy = AutoTokenizer.from_pretrained(args.policy_tokenizer)
     views = {"whole": texts, "first_48": openings(texts, policy, args.tokens)}
@@ -101,6 +106,8 @@ def main() -> None:
             )
         table[role]["architecture"] = type(classifier.model).__name__
         table[role]["parameters"] = classifier.model.num_parameters()
+
+        print(role, json.dumps(table[role]), flush=True)
 
         train_texts, train_label = labelled_half(args.train_data, half)
         counter = CountVectorizer(min_df=2)

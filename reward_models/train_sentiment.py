@@ -16,8 +16,8 @@ Local files work the same (``--train_data train.jsonl.xz``), with columns ``text
    anywhere, and long stretches, all with the label (or probability) of their whole review. A
    window's label is thus noisy, and the right answer to a window is a probability, which is what
    the classifier learns to say.
-4. Degenerate texts, a few tokens over and over, are taught the probability one half, so that a
-   policy gains nothing by repeating a praise.
+4. A few degenerate texts, some tokens over and over, are taught the probability one half. (In
+   the embedded pair this had no visible effect: see README.md.)
 5. The logits are divided by the temperature that fits the kept reviews best, in the last layer.
 """
 
@@ -72,10 +72,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--vocab_size", type=int, default=10_000)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--dropout", type=float, default=0.2)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=350)
     parser.add_argument("--short_batch", type=int, default=192, help="short texts per update")
     parser.add_argument("--long_batch", type=int, default=24, help="long texts per update")
     parser.add_argument(

@@ -99,6 +99,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--response_length", type=int, default=24)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--model_name_or_path", help="a causal LM; 'embedded' is the review LM")
+    parser.add_argument(
+        "--prompts", type=Path, help="with --model_name_or_path: a file; default: rlkl's own"
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/ppo_step"))
     return parser.parse_args()
 
@@ -148,13 +151,13 @@ def random_prompts(count: int) -> list[str]:
     ]
 
 
-def review_prompts(model: str, count: int) -> list[str]:
-    """The openings that ship with rlkl, cut to at most 7 of the model's tokens."""
+def short_prompts(model: str, source: Path | None, count: int) -> list[str]:
+    """Prompts of a file, or the openings that ship with rlkl, cut to 7 of the model's tokens."""
     from rlkl.data.prompts import EMBEDDED_TRAIN_PROMPTS, load_prompts
     from rlkl.models import load_tokenizer
 
     tokenizer = load_tokenizer(model)
-    texts = list(load_prompts(EMBEDDED_TRAIN_PROMPTS)["prompt"])[:count]
+    texts = list(load_prompts(source or EMBEDDED_TRAIN_PROMPTS)["prompt"])[:count]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     return [str(tokenizer.decode(row[: PROMPT_TOKENS - 1])) for row in ids]
 
@@ -171,7 +174,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
         model = args.model_name_or_path
         model = str(EMBEDDED_LM) if model == "embedded" else model
-        prompts = review_prompts(model, count)
+        prompts = short_prompts(model, args.prompts, count)
     (folder / "prompts.json").write_text(json.dumps(prompts))
     return {
         "model": model,

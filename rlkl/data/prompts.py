@@ -60,10 +60,9 @@ def _read(path: Path, column: str) -> list[str]:
 
 
 def _json_row(path: Path, number: int, line: str) -> dict[str, str]:
+    if not line.lstrip().startswith("{"):
+        raise ValueError(f"{path}, line {number} is no JSON object: {line.strip()[:40]!r}")
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{path}, line {number} is no JSON object but {row!r}")
-    return row

@@ -114,10 +114,13 @@ def collect_rollout(
     )
 
 
-def sum_of(rewards: Sequence[RewardModel]) -> RewardModel:
-    """One reward model whose score is the sum of several's."""
-    if len(rewards) == 1:
-        return rewards[0]
-    return lambda prompts, texts: sum(
-        (torch.as_tensor(reward(prompts, texts)) for reward in rewards), torch.zeros(len(texts))
-    )
+class SumOfRewards:
+    """A reward model whose score is the sum of several's."""
+
+    def __init__(self, rewards: Sequence[RewardModel]) -> None:
+        self.rewards = list(rewards)
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        """[B] sums."""
+        scores = [torch.as_tensor(reward(prompts, responses)) for reward in self.rewards]
+        return torch.stack(scores).sum(0)

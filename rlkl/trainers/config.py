@@ -62,7 +62,7 @@ class PPOConfig(TrainingArguments):
         default=None,
         metadata={"help": "Nats per response to hold by an adaptive β (Ziegler et al. 2019)."},
     )
-    kl_horizon: float = field(
+    kl_horizon: int = field(
         default=10_000, metadata={"help": "Responses in which an adaptive β moves by up to 20%."}
     )
     cliprange: float = field(default=0.2, metadata={"help": "ε of the policy ratio."})

@@ -37,7 +37,6 @@ VOCABULARY: dict[str, str] = {
     "loss/policy_avg": "clipped policy loss, mean over tokens",
     "loss/value_avg": "clipped value loss, mean over tokens, before vf_coef",
     "loss/kl_avg": "β/σ · mean over tokens of the differentiated k_t; 0 when it is in the reward only",
-    "update/grad_norm": "gradient norm before clipping, mean over the step's updates",
     "time/generation": "seconds: sampling the responses",
     "time/scoring": "seconds: reward model and judges",
     "time/statistics": "seconds: policy, reference and critic on the responses, without gradient",

@@ -44,7 +44,7 @@ from rlkl.rl import (
     whiten,
 )
 from rlkl.rollout import Responses, Rollout, collect_rollout, sample_responses, token_statistics
-from rlkl.rollout.collect import sum_of
+from rlkl.rollout.collect import SumOfRewards
 from rlkl.rollout.summary import summarise, token_kl
 from rlkl.trainers.config import PPOConfig
 from rlkl.trainers.metrics import MetricsFile, average_steps
@@ -135,7 +135,9 @@ class PPOTrainer(Trainer):
         self.critic = Critic(
             width, trunk=_trainable_copy(model) if args.separate_value_model else None
         )
-        self.reward = sum_of(reward_funcs if isinstance(reward_funcs, Sequence) else [reward_funcs])
+        self.reward = (
+            SumOfRewards(reward_funcs) if isinstance(reward_funcs, Sequence) else reward_funcs
+        )
         self.judges = dict(judges or {})
         self.kl_coefficient: KLCoefficient = (
             FixedKLCoefficient(args.kl_coef)
@@ -385,9 +387,7 @@ class PPOTrainer(Trainer):
         seed = (self.args.seed << 34) + (self.state.global_step << 2) + offset
         return torch.Generator(device=self.args.device).manual_seed(seed)
 
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
-    ) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Trainer.train, in a W&B run of the experiment's group (estimator and placement)."""
         names = [self.estimator.name, str(self.placement), type(self).__name__]
         resume = bool(resume_from_checkpoint)
@@ -399,7 +399,7 @@ class PPOTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimiser, with the critic as a parameter group of its own."""
         if self.optimizer is None:
-            super().create_optimizer(model)
+            self.optimizer = super().create_optimizer(model)
             self.optimizer.add_param_group(
                 {
                     "params": [p for p in self.critic.parameters() if p.requires_grad],

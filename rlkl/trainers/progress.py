@@ -25,7 +25,7 @@ class RichProgress(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Opens the bar."""
-        self.progress = Progress(
+        self.progress = progress = Progress(
             TextColumn("PPO"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -33,8 +33,8 @@ class RichProgress(TrainerCallback):
             TimeRemainingColumn(),
             console=self.console,
         )
-        self.progress.start()
-        self.task = self.progress.add_task(
+        progress.start()
+        self.task = progress.add_task(
             "PPO", total=state.max_steps, completed=state.global_step, measured=""
         )
 

@@ -19,7 +19,7 @@ from rlkl.trainers.config import PPOConfig
 
 
 def wandb_mode() -> str:
-    """ "online" where a key is at hand, else "offline"; the environment's WANDB_MODE goes first."""
+    """The environment's WANDB_MODE, else "online" where a key is at hand, else "offline"."""
     chosen = os.environ.get("WANDB_MODE")
     if chosen:
         return chosen

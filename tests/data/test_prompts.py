@@ -52,7 +52,8 @@ def test_a_missing_file_is_named(tmp_path):
         ("p.jsonl", '{"text": "a"}\n', r"has the columns \['text'\], not 'prompt'"),
         ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "'prompt'"),
         ("p.jsonl", '{"prompt": null}\n', "prompt 1 of 1 is empty"),
-        ("p.jsonl", "not json\n", "p.jsonl"),
+        ("p.jsonl", "not json\n", r"p.jsonl, line 1 is no JSON object: 'not json'"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2 is not JSON"),
     ],
 )
 def test_bad_prompts_are_one_line_of_value_error(tmp_path, name, text, complaint):

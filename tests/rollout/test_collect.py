@@ -20,7 +20,7 @@ from rlkl.rollout import (
     summarise,
     token_statistics,
 )
-from rlkl.rollout.collect import sum_of
+from rlkl.rollout.collect import SumOfRewards
 from rlkl.trainers.metrics import described
 
 PROMPTS = ["the film", "it", "I found this plot and the end", "a plot", "on", "so it is"]
@@ -145,7 +145,7 @@ def test_several_rewards_are_added_and_judges_are_kept_apart(lm, ref, responses)
     def length(prompts, texts):
         return torch.tensor([float(len(text)) for text in texts])
 
-    rewards = sum_of([LexiconReward(), length])
+    rewards = SumOfRewards([LexiconReward(), length])
     record = token_statistics(lm, ref, responses)
     rollout = collect_rollout(responses, rewards, record, {"length": length})
     expected = score_responses(LexiconReward(), responses) + score_responses(length, responses)

@@ -25,6 +25,9 @@ def _no_key_and_nobody_to_ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "5")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("WANDB_X_DISABLE_STATS", "true")
 
     def asked(*args: object) -> None:
         raise AssertionError("W&B asked for something")
@@ -75,7 +78,8 @@ def test_without_a_key_runs_are_offline(monkeypatch):
 
 
 def test_with_a_key_runs_are_online_unless_the_environment_says_otherwise(monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    """The look-up itself is replaced: a key that was found stays with W&B for the whole process."""
+    monkeypatch.setattr(wandb, "login", lambda *, prompt, verify: not prompt and not verify)
     assert wandb_mode() == "online"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert wandb_mode() == "disabled"
@@ -112,13 +116,13 @@ def test_a_whole_run_and_its_evaluations_are_in_one_offline_run(
     rows = history(records)
     logged = [row for row in rows if "train/kl/rb" in row]
     assert [row["train/kl/rb"] for row in logged] == [step["kl/rb"] for step in steps(trainer)]
-    tables = [row["completions"] for row in rows if "completions" in row]
-    assert len(tables) == 1
-    table = json.loads((next((folder / "wandb").rglob(tables[0]["path"]))).read_text())
+    tables = [row["completions/path"] for row in rows if "completions/path" in row]
+    assert len(tables) == 1, [sorted(row) for row in rows]
+    table = json.loads((next((folder / "wandb").rglob(Path(tables[0]).name))).read_text())
     assert {"prompt", "response", "score", "kl/rb"} <= set(table["columns"])
     assert len(table["data"]) == 3
     evaluations = [row["eval/kl/rb"] for row in rows if "eval/kl/rb" in row]
-    assert len(evaluations) in (0, 2), "evaluations outside of training: both, or in files only"
+    assert not evaluations, "outside of a run they are in the files alone"
     assert before["eval_kl/rb"] == 0
 
 
