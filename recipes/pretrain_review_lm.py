@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from rlkl.data.reviews import load_reviews
+from rlkl.evaluation.language_model import nats_of_openings
 
 END = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -100,37 +101,6 @@ class ReviewTokens:
         at_start = np.minimum(rng.choice(self.starts, batch), last)
         begin = np.where(rng.random(batch) < start_share, at_start, anywhere)
         return torch.from_numpy(self.ids[begin[:, None] + np.arange(length + 1)].astype(np.int64))
-
-
-@torch.no_grad()
-def nats_on_starts(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int
-) -> dict[str, float]:
-    """Cross-entropy of the first `length` tokens of each text, after the opening token.
-
-    Bytes are those of the decoded tokens, so that both figures speak of the same text.
-    """
-    nats, tokens, size = 0.0, 0, 0
-    for begin in range(0, len(texts), 64):
-        rows = tokenizer(
-            texts[begin : begin + 64], truncation=True, max_length=length, add_special_tokens=False
-        )["input_ids"]
-        ids = torch.full((len(rows), length + 1), tokenizer.pad_token_id)
-        for i, row in enumerate(rows):
-            ids[i, 0] = tokenizer.bos_token_id
-            ids[i, 1 : 1 + len(row)] = torch.tensor(row)
-            size += len(tokenizer.decode(row).encode())
-        logits = model(input_ids=ids[:, :-1], attention_mask=torch.ones_like(ids[:, :-1])).logits
-        real = ids[:, 1:] != tokenizer.pad_token_id
-        loss = F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
-        nats += float(loss[real].double().sum())
-        tokens += int(real.sum())
-    return {
-        "nats_per_token": nats / tokens,
-        "nats_per_byte": nats / size,
-        "tokens": tokens,
-        "bytes": size,
-    }
 
 
 def make_optimizers(
@@ -237,7 +207,7 @@ def main() -> None:
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
         if (step + 1) % args.save_every == 0 or step + 1 == total:
             seconds += time.perf_counter() - tick
-            score = nats_on_starts(model, tokenizer, held_out[:256], args.window)
+            score = nats_of_openings(model, tokenizer, held_out[:256], args.window)
             record = {
                 "step": step + 1,
                 "tokens": trained,
@@ -250,7 +220,7 @@ def main() -> None:
             save(step + 1)
             tick = time.perf_counter()
 
-    quality = nats_on_starts(model, tokenizer, held_out, args.window)
+    quality = nats_of_openings(model, tokenizer, held_out, args.window)
     quality |= {"trained_tokens": trained, "train_seconds": seconds}
     (out / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
     model.half().save_pretrained(out)

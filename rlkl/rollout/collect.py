@@ -43,6 +43,7 @@ def token_statistics(
     temperature: float = 1.0,
     batch_size: int = 256,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
+    gemm_dtype: torch.dtype | None = None,
 ) -> TokenRecord:
     """Log-probabilities, exact KL, entropy and values at every response token.
 
@@ -56,6 +57,7 @@ def token_statistics(
         temperature: the distributions are those of logits / temperature.
         batch_size: responses per pass; the same as in training keeps π_old bitwise equal to π.
         autocast: makes the context in which the trunks run: their precision.
+        gemm_dtype: precision of the factors of the heads' products; see `fused_token_stats`.
     """
     head = linear_head(policy)
     batches = [responses.rows(r) for r in torch.arange(len(responses)).split(batch_size)]
@@ -80,6 +82,7 @@ def token_statistics(
                 policy_bias=head.bias,
                 ref_bias=ref_head.bias,
                 temperature=temperature,
+                gemm_dtype=gemm_dtype,
             )
         )
 

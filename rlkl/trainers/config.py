@@ -159,6 +159,14 @@ class PPOConfig(TrainingArguments):
             )
 
     @property
+    def gemm_dtype(self) -> torch.dtype | None:
+        """Precision of the factors in the heads' products: that of the trunks, on a CPU.
+
+        Logits and sums are float32 either way.
+        """
+        return torch.bfloat16 if self.bf16 and self.device.type == "cpu" else None
+
+    @property
     def responses_per_step(self) -> int:
         """B: prompts times responses to each."""
         return self.per_device_train_batch_size * self.num_generations

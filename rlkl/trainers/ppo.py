@@ -217,6 +217,7 @@ class PPOTrainer(Trainer):
             temperature=self.args.temperature,
             batch_size=self.args.micro_batch_size or self.args.mini_batch_size,
             autocast=self.accelerator.autocast,
+            gemm_dtype=self.args.gemm_dtype,
         )
 
     def advantages(
@@ -324,7 +325,11 @@ class PPOTrainer(Trainer):
                 values = self.critic(hidden, ids, attention)[batch.mask]
             policy = (hidden[batch.mask], head.weight)
             sample = (batch.tokens[batch.mask], old_logp, advantage)
-            shared = {"policy_bias": head.bias, "temperature": args.temperature}
+            shared = {
+                "policy_bias": head.bias,
+                "temperature": args.temperature,
+                "gemm_dtype": args.gemm_dtype,
+            }
             if self.placement is KLPlacement.REWARD:
                 policy_loss, stats = fused_logp_loss(token_loss, *policy, *sample, **shared)
             else:
