@@ -58,7 +58,7 @@ def parse_args() -> argparse.Namespace:
         "--start_share", type=float, default=0.7, help="windows at a review's start"
     )
     parser.add_argument("--batch_tokens", type=int, default=3072, help="tokens per update")
-    parser.add_argument("--tokens", type=float, default=2e7, help="tokens to train on in all")
+    parser.add_argument("--tokens", type=float, default=1.6e7, help="tokens to train on in all")
     parser.add_argument("--muon_lr", type=float, default=0.02)
     parser.add_argument("--adam_lr", type=float, default=3e-3)
     parser.add_argument("--warmup_steps", type=int, default=100)
@@ -72,12 +72,16 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str], vocab_size: int, positions: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE in which one token begins and ends every review and another pads."""
     bpe = ByteLevelBPETokenizer(add_prefix_space=False)
     bpe.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=[END, PAD])
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, bos_token=END, eos_token=END, pad_token=PAD
+        tokenizer_object=bpe._tokenizer,
+        bos_token=END,
+        eos_token=END,
+        pad_token=PAD,
+        model_max_length=positions,
     )
 
 
@@ -137,7 +141,7 @@ def main() -> None:
     if (out / "tokenizer.json").is_file():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
     else:
-        tokenizer = train_tokenizer(texts, args.vocab_size)
+        tokenizer = train_tokenizer(texts, args.vocab_size, args.positions)
         tokenizer.save_pretrained(out)
     data = ReviewTokens(texts, tokenizer)
     print(f"{len(texts):,} reviews, {len(data.ids):,} tokens")
@@ -153,7 +157,8 @@ def main() -> None:
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
-            attn_implementation="eager",  # twice as fast as sdpa's CPU backward at this size
+            # Twice as fast as sdpa's CPU backward at this size.
+            attn_implementation="eager",  # pyright: ignore[reportCallIssue] (undeclared)
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

@@ -1,4 +1,4 @@
-"""Samples the embedded prompts: openings of reviews, three to eight words, from the review LM itself.
+"""Samples the embedded prompts: openings of reviews, three to eight words, by the review LM itself.
 
     python recipes/sample_prompts.py --output_dir rlkl/data/assets
 
@@ -7,6 +7,7 @@ Every opening is different, training and held-out ones too; nothing else is filt
 
 import argparse
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -36,7 +37,7 @@ def main() -> None:
         responses = sample_responses(
             model,
             tokenizer,
-            [tokenizer.bos_token] * 256,
+            [cast(str, tokenizer.bos_token)] * 256,
             24,
             temperature=args.temperature,
             generator=generator,

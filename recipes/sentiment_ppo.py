@@ -98,7 +98,7 @@ def main() -> None:
     begin = time.perf_counter()
     with refusing_bad_input():
         parser = SettingsParser(
-            (SentimentArguments, PPOConfig, ModelConfig),
+            (SentimentArguments, PPOConfig, ModelConfig),  # pyright: ignore[reportArgumentType]
             description=__doc__,
         )
         task, args, model_args = parser.parse(str(HERE / "sentiment_ppo.yaml"))
@@ -222,7 +222,7 @@ def checkpoint_to_resume(
     Raises:
         ValueError: the folder holds an unfinished run with other settings, or something else.
     """
-    volatile = ("output_dir", "logging_dir", "report_to", "run_name", "threads")
+    volatile = ("output_dir", "logging_dir", "report_to", "run_name", "threads", "save_steps")
     kept = {k: v for k, v in settings.items() if k not in volatile}
     kept = json.loads(json.dumps(kept, default=str))
     file = output_dir / "settings.json"
@@ -233,8 +233,8 @@ def checkpoint_to_resume(
         if differing:
             key = differing[0]
             raise ValueError(
-                f"{output_dir} holds an unfinished run with {key}={earlier.get(key)}, not {kept[key]}: "
-                "choose another --output_dir, or delete that folder"
+                f"{output_dir} holds an unfinished run with {key}={earlier.get(key)}, not "
+                f"{kept[key]}: choose another --output_dir, or delete that folder"
             )
         console.print(f"going on from {checkpoint}")
         return checkpoint
@@ -380,10 +380,10 @@ def print_summary(
     best = next(key for key in summary if key.startswith("best_of_") and not key.endswith("_se"))
     console.print(
         f"{best.replace('_', '-')} of the reference scores {summary[best]:+.2f} at up to "
-        f"{summary['kl_of_best_of_n_bound']:.2f} nats: {summary['gap_closed']:.0%} of the gap is closed. "
-        f"KL at step 0: {summary['initial_kl']:g}. Standard error of k1 over rb on the training "
-        f"rollouts: {summary['train_se_ratio_k1_over_rb']:.1f}. The KL is that of responses of at most "
-        f"{response_length} tokens. {summary['seconds']:.0f} s."
+        f"{summary['kl_of_best_of_n_bound']:.2f} nats: {summary['gap_closed']:.0%} of the gap is "
+        f"closed. KL at step 0: {summary['initial_kl']:g}. Standard error of k1 over rb on the "
+        f"training rollouts: {summary['train_se_ratio_k1_over_rb']:.1f}. The KL is that of "
+        f"responses of at most {response_length} tokens. {summary['seconds']:.0f} s."
     )
     texts = Table(title="The first five held-out prompts", show_lines=True)
     for column in ("prompt", "before", "after"):

@@ -166,7 +166,7 @@ def _load(name: str):
 
 def _positive_id(model: PreTrainedModel, name: str, positive_label: str | None) -> int:
     """Index of the positive label, by name; a model with one output needs none."""
-    labels: dict[int, str] = {int(i): label for i, label in model.config.id2label.items()}
+    labels: dict[int, str] = {int(i): label for i, label in (model.config.id2label or {}).items()}
     if len(labels) == 1 and positive_label is None:
         return 0
     wanted = _POSITIVE_NAMES if positive_label is None else (positive_label.lower(),)

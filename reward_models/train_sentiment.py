@@ -26,6 +26,7 @@ import hashlib
 import json
 import time
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -276,7 +277,7 @@ class Windows:
 def collate(rows: list[np.ndarray], tokenizer: PreTrainedTokenizerFast) -> dict[str, Tensor]:
     """[CLS] and the row, padded to the longest."""
     width = 1 + max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+    ids = torch.full((len(rows), width), cast(int, tokenizer.pad_token_id))
     for i, row in enumerate(rows):
         ids[i, 0] = tokenizer.cls_token_id
         ids[i, 1 : 1 + len(row)] = torch.from_numpy(row.astype(np.int64))
@@ -400,8 +401,8 @@ def main() -> None:
     both = torch.cat([log_odds(model, tokenizer, rows) for rows in (kept_rows, kept_openings)])
     temperature = fit_temperature(both, kept_label.repeat(2))
     with torch.no_grad():
-        model.classifier.weight.div_(temperature)
-        model.classifier.bias.div_(temperature)
+        for parameter in model.get_submodule("classifier").parameters():
+            parameter.div_(temperature)
     print(json.dumps({"temperature": round(temperature, 4)}))
     save(model, tokenizer, args.output_dir)
 

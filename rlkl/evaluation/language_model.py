@@ -7,9 +7,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 
-def openings(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int
-) -> list[list[int]]:
+def openings(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) -> list[list[int]]:
     """Token ids of the first `length` tokens of each text, after the opening bos token."""
     rows = tokenizer(texts, truncation=True, max_length=length, add_special_tokens=False)
     return [[tokenizer.bos_token_id, *row] for row in rows["input_ids"]]
@@ -81,7 +79,7 @@ class TrigramLM:
         return keys, counts, contexts, totals, distinct
 
     def logp(self, rows: np.ndarray) -> np.ndarray:
-        """log p of each token after the first: [R, L] -> [R, L − 1], in nats."""
+        """Log-probability of each token after the first: [R, L] -> [R, L − 1], in nats."""
         rows = rows.astype(np.int64)
         p = self.unigram[rows[:, 1:]]
         for order, (keys, counts, contexts, totals, distinct) in enumerate(self.levels, start=1):

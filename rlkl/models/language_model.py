@@ -3,7 +3,7 @@
 import inspect
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from peft import PeftModel
@@ -30,6 +30,18 @@ class LinearHead(NamedTuple):
     """[V]"""
 
 
+def model_source(name_or_path: str | os.PathLike[str] | None) -> str:
+    """The hub id or folder that is meant; None means the embedded review LM.
+
+    Raises:
+        ValueError: it can only be a folder, and there is none.
+    """
+    source = os.path.expanduser(name_or_path or EMBEDDED_LM)
+    if not os.path.isdir(source) and (source.startswith((".", "/")) or source.count("/") > 1):
+        raise ValueError(f"no such model folder: {source}")
+    return source
+
+
 def load_causal_lm(
     name_or_path: str | os.PathLike[str] | None = None,
     *,
@@ -50,21 +62,20 @@ def load_causal_lm(
     Raises:
         ValueError: a folder that is not there, or has no weights.
     """
-    source = os.path.expanduser(name_or_path or EMBEDDED_LM)
-    if os.path.isdir(source):
-        if not any(os.path.isfile(os.path.join(source, name)) for name in _WEIGHTS):
-            raise ValueError(
-                f"{source} holds no weights (looked for {', '.join(_WEIGHTS[:2])}, …); "
-                "name a folder written by save_pretrained"
-            )
-    elif source.startswith((".", "/")) or source.count("/") > 1:
-        raise ValueError(f"no such model folder: {source}")
+    source = model_source(name_or_path)
+    if os.path.isdir(source) and not any(
+        os.path.isfile(os.path.join(source, name)) for name in _WEIGHTS
+    ):
+        raise ValueError(
+            f"{source} holds no weights (looked for {', '.join(_WEIGHTS[:2])}, …); "
+            "name a folder written by save_pretrained"
+        )
     if attn_implementation is None and torch.device(device).type == "cpu":
         attn_implementation = "eager"
     model = AutoModelForCausalLM.from_pretrained(
         source, dtype=dtype, attn_implementation=attn_implementation
     )
-    return model.to(device)
+    return model.to(device)  # pyright: ignore[reportArgumentType] (decorated)
 
 
 def _causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -85,8 +96,8 @@ def linear_head(model: nn.Module) -> LinearHead:
     head = lm.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise ValueError(
-            f"{type(lm).__name__} has the head {type(head).__name__}; a plain linear head is needed "
-            "(leave lm_head out of the adapter's target_modules)"
+            f"{type(lm).__name__} has the head {type(head).__name__}; a plain linear head is "
+            "needed (leave lm_head out of the adapter's target_modules)"
         )
     for option in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(lm.config, option, None) not in (None, 1, 1.0):
@@ -103,10 +114,9 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def trunk_of(model: nn.Module) -> nn.Module:
+def trunk_of(model: nn.Module) -> PreTrainedModel:
     """The module below the head: token ids to hidden states."""
-    lm = _causal_lm(model)
-    return lm.base_model
+    return cast(PreTrainedModel, _causal_lm(model).base_model)
 
 
 def response_hidden(

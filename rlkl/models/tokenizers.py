@@ -4,7 +4,7 @@ import os
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlkl.models.language_model import EMBEDDED_LM
+from rlkl.models.language_model import model_source
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str] | None = None) -> PreTrainedTokenizerBase:
@@ -13,8 +13,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str] | None = None) -> PreTra
     A tokenizer without a padding token pads with its end-of-text token: masks, not token ids,
     tell padding from text everywhere in rlkl, so a real end of text is kept.
     """
-    source = os.path.expanduser(name_or_path or EMBEDDED_LM)
-    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(model_source(name_or_path), padding_side="left")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer of {name_or_path} has neither pad nor eos token")

@@ -7,6 +7,7 @@ step is one pass of the trunk, one product with the head, and one draw.
 
 import inspect
 from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ def encode_prompts(
             ids = opening + ids
         rows.append(ids if max_length is None else ids[-max_length:])
     width = max(map(len, rows))
-    token_ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+    token_ids = torch.full((len(rows), width), cast(int, tokenizer.pad_token_id))
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     for i, row in enumerate(rows):
         token_ids[i, width - len(row) :] = torch.tensor(row)
@@ -150,7 +151,8 @@ def sample_responses(
     eos_token_ids = _eos_token_ids(model, tokenizer)
     lengths = prompt_mask.sum(1)
     order = torch.argsort(lengths, stable=True)
-    tokens = torch.full((len(prompts), max_new_tokens), tokenizer.pad_token_id)
+    pad_token_id = cast(int, tokenizer.pad_token_id)
+    tokens = torch.full((len(prompts), max_new_tokens), pad_token_id)
     mask = torch.zeros(len(prompts), max_new_tokens, dtype=torch.bool)
     ended = torch.zeros(len(prompts), dtype=torch.bool)
     for rows in order.split(batch_size):
@@ -161,7 +163,7 @@ def sample_responses(
             prompt_mask[rows, -width:].to(device),
             max_new_tokens,
             eos_token_ids=eos_token_ids,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=pad_token_id,
             temperature=temperature,
             generator=generator,
         )
@@ -191,7 +193,7 @@ def _eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[
     """End-of-text ids of the tokenizer and of the model's generation config (chat models have
     several).
     """
-    ids = {tokenizer.eos_token_id}
+    ids: list[Any] = [tokenizer.eos_token_id]
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids.update(configured if isinstance(configured, list) else [configured])
+    ids += configured if isinstance(configured, list) else [configured]
     return {token_id for token_id in ids if token_id is not None}

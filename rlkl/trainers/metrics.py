@@ -29,14 +29,18 @@ VOCABULARY: dict[str, str] = {
     "val/ratio": "mean of π(y_t)/π_old(y_t) over the tokens of all updates of the step",
     "val/ratio_var": "variance of π(y_t)/π_old(y_t) over the same tokens",
     "val/first_ratio_error": "max |π(y_t)/π_old(y_t) − 1| at the step's first update; must be 0",
-    "policy/approxkl_avg": "mean of (ρ − 1) − log ρ, ρ = π/π_old: k3 of D_KL(π_old ‖ π). Nats per token",
+    "policy/approxkl_avg": (
+        "mean of (ρ − 1) − log ρ, ρ = π/π_old: k3 of D_KL(π_old ‖ π). Nats per token"
+    ),
     "policy/clipfrac_avg": "share of tokens with ρ outside 1 ± cliprange",
     "val/clipfrac_avg": "share of tokens with |V − V_old| > cliprange_value",
     "val/explained_variance": "1 − Var(R_t − V_t) / Var(R_t), before the step's updates",
     "val/advantage_std": "σ by which advantages, and the loss-side β, are divided",
     "loss/policy_avg": "clipped policy loss, mean over tokens",
     "loss/value_avg": "clipped value loss, mean over tokens, before vf_coef",
-    "loss/kl_avg": "β/σ · mean over tokens of the differentiated k_t; 0 when it is in the reward only",
+    "loss/kl_avg": (
+        "β/σ · mean over tokens of the differentiated k_t; 0 when it is in the reward only"
+    ),
     "time/generation": "seconds: sampling the responses",
     "time/scoring": "seconds: reward model and judges",
     "time/statistics": "seconds: policy, reference and critic on the responses, without gradient",
@@ -109,14 +113,13 @@ class MetricsFile(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Keeps the records of the steps that training goes on from."""
-        # A completion carries the number of steps before its own, a metric that of its own.
-        for name, last in (("metrics", state.global_step), ("completions", state.global_step - 1)):
+        for name in ("metrics", "completions"):
             path = self._path(args).with_name(f"{name}.jsonl")
             if path.is_file():
                 lines = path.read_text().splitlines(keepends=True)
                 whole = [line for line in lines if line.endswith("\n")]  # the last may be cut
                 own = [line for line in whole if state.global_step > 0 or line in self.written]
-                kept = [line for line in own if json.loads(line)["step"] <= last]
+                kept = [line for line in own if json.loads(line)["step"] <= state.global_step]
                 temporary = path.with_suffix(".tmp")
                 temporary.write_text("".join(kept))
                 os.replace(temporary, path)

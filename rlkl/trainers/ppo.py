@@ -1,13 +1,9 @@
 """KL-penalised PPO on transformers.Trainer: one training step is one whole PPO update."""
 
 import json
-import math
-import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from datasets import Dataset
@@ -48,21 +44,8 @@ from rlkl.rollout.collect import SumOfRewards
 from rlkl.rollout.summary import summarise, token_kl
 from rlkl.trainers.config import PPOConfig
 from rlkl.trainers.metrics import MetricsFile, average_steps
+from rlkl.trainers.step import StepClock, Update, explained_variance, update_metrics
 from rlkl.trainers.tracking import WandbMirror, log_completions, wandb_run
-
-
-class StepClock:
-    """Seconds of each part of a step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        """Adds the time of the block to `part`."""
-        begin = time.perf_counter()
-        yield
-        self.seconds[f"time/{part}"] += time.perf_counter() - begin
 
 
 class PPOTrainer(Trainer):
@@ -104,6 +87,7 @@ class PPOTrainer(Trainer):
     default_placement: ClassVar[str] = "reward"
 
     args: PPOConfig
+    model: PreTrainedModel | PeftModel
 
     def __init__(
         self,
@@ -181,8 +165,8 @@ class PPOTrainer(Trainer):
             self.kl_coefficient.update(metrics["objective/kl"], len(rollout))
         metrics["episode"] = (self.state.global_step + 1) * len(rollout)
         self._unlogged.append(metrics | clock.seconds)
-        every, step = self.args.log_completions_steps, self.state.global_step
-        if every > 0 and step % every == 0:
+        every, step = self.args.log_completions_steps, self.state.global_step + 1
+        if every > 0 and (step - 1) % every == 0:
             folder = Path(str(self.args.output_dir))
             log_completions(rollout, step, self.args.num_completions, folder)
         return loss
@@ -216,7 +200,7 @@ class PPOTrainer(Trainer):
             critic=self.critic,
             temperature=self.args.temperature,
             batch_size=self.args.micro_batch_size or self.args.mini_batch_size,
-            autocast=self.accelerator.autocast,
+            autocast=self.accelerator.autocast,  # pyright: ignore[reportArgumentType] (its None)
             gemm_dtype=self.args.gemm_dtype,
         )
 
@@ -246,7 +230,7 @@ class PPOTrainer(Trainer):
             "objective/non_score_reward": float(-kl_coef * cost.sum(1).mean()),
             "objective/rlhf_reward": float(rewards.sum(1).mean()),
             "kl_coef": kl_coef,
-            "val/explained_variance": _explained_variance(values[mask], returns[mask]),
+            "val/explained_variance": explained_variance(values[mask], returns[mask]),
             "val/advantage_std": float(scale),
         }
         return advantages, returns, scale
@@ -266,7 +250,7 @@ class PPOTrainer(Trainer):
         first update sees π = π_old to the last bit; later epochs shuffle.
         """
         generator = self._generator("minibatches")
-        updates: list[dict[str, Tensor]] = []
+        updates: list[Update] = []
         loss = torch.zeros(())
         self.optimizer.zero_grad()
         for epoch in range(self.args.num_ppo_epochs):
@@ -278,9 +262,9 @@ class PPOTrainer(Trainer):
                     self._apply_gradient()
                 update = self.accumulate_gradient(rollout, rows, advantages, returns, scale)
                 updates.append(update)
-                loss = update["loss"]
+                loss = update.loss
         self._clip_critic()
-        metrics |= _update_metrics(updates)
+        metrics |= update_metrics(updates, self.args.cliprange, self.args.cliprange_value)
         return loss
 
     def accumulate_gradient(
@@ -290,7 +274,7 @@ class PPOTrainer(Trainer):
         advantages: Tensor,
         returns: Tensor,
         scale: Tensor,
-    ) -> dict[str, Tensor]:
+    ) -> Update:
         """Gradient of one minibatch: means over its tokens of policy, value and KL losses.
 
         The KL in the loss is divided by the advantages' scale σ: both channels of the objective
@@ -310,7 +294,7 @@ class PPOTrainer(Trainer):
                 loss = loss + kl_weight * self._loss_kl(stats)
             return loss.sum() / count
 
-        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=mask.device))
+        parts: list[Update] = []
         old, head = rollout.tokens, linear_head(self.model)
         assert old.values is not None  # the trainer always passes its critic
         for micro in rows.split(args.micro_batch_size or len(rows)):
@@ -350,22 +334,20 @@ class PPOTrainer(Trainer):
             self.accelerator.backward(loss)
 
             with torch.no_grad():
-                log_ratio = stats.policy_logp - old_logp
-                ratio = log_ratio.exp()
+                kl_loss = torch.zeros_like(loss)
                 if isinstance(stats, TokenStats):
-                    sums["kl_loss"] += kl_weight * self._loss_kl(stats).sum() / count
-                sums["loss"] += loss.detach()
-                sums["policy_loss"] += policy_loss.detach()
-                sums["value_loss"] += value_loss.detach()
-                sums["ratio"] += ratio.sum() / count
-                sums["ratio_squared"] += ratio.square().sum() / count
-                sums["approx_kl"] += (torch.expm1(log_ratio) - log_ratio).sum() / count
-                sums["clipped"] += ((ratio - 1).abs() > args.cliprange).sum() / count
-                moved = (values - old_values).abs() > args.cliprange_value
-                sums["value_clipped"] += moved.sum() / count
-                sums["ratio_error"] = torch.maximum(sums["ratio_error"], (ratio - 1).abs().max())
-        sums["policy_loss"] -= sums["kl_loss"]
-        return dict(sums)
+                    kl_loss = kl_weight * self._loss_kl(stats).sum() / count
+                parts.append(
+                    Update(
+                        loss=loss.detach(),
+                        policy_loss=policy_loss.detach() - kl_loss,
+                        kl_loss=kl_loss,
+                        value_loss=value_loss.detach(),
+                        log_ratio=stats.policy_logp - old_logp,
+                        value_change=values - old_values,
+                    )
+                )
+        return Update.join(parts)
 
     def _loss_kl(self, stats: TokenStats) -> Tensor:
         """k_t with its gradient, from one chunk's statistics."""
@@ -388,7 +370,7 @@ class PPOTrainer(Trainer):
 
     def _generator(self, purpose: str) -> torch.Generator:
         """Randomness of this step alone, so that a resumed run draws what it would have drawn."""
-        offset = {"sampling": 0, "minibatches": 1, "evaluation": 2}[purpose]
+        offset = {"sampling": 0, "minibatches": 1}[purpose]
         seed = (self.args.seed << 34) + (self.state.global_step << 2) + offset
         return torch.Generator(device=self.args.device).manual_seed(seed)
 
@@ -416,7 +398,7 @@ class PPOTrainer(Trainer):
 
     def evaluate(
         self,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        eval_dataset: Dataset | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
@@ -424,10 +406,11 @@ class PPOTrainer(Trainer):
 
         The randomness is the same at every call, so that evaluations differ by the policy alone.
         """
-        data = eval_dataset if eval_dataset is not None else self.eval_dataset
+        data = cast(Dataset, self.eval_dataset if eval_dataset is None else eval_dataset)
         check_prompts(data, at_least=1)
         self.model.eval()
-        generator = torch.Generator(device=self.args.device).manual_seed(self.args.seed)
+        seed = (self.args.seed << 34) + 2  # no step's: their last two bits are 0 or 1
+        generator = torch.Generator(device=self.args.device).manual_seed(seed)
         summary = summarise(self.rollout(list(data["prompt"]), generator, StepClock()))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in summary.items()}
         self.log(metrics)
@@ -438,7 +421,7 @@ class PPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics of the steps since the last log."""
-        if self._unlogged and "loss" in logs:
+        if self._unlogged and ("loss" in logs or "train_loss" in logs):
             logs = {**logs, **average_steps(self._unlogged)}
             self._unlogged.clear()
         super().log(logs, start_time)
@@ -489,30 +472,3 @@ def check_prompts(data: Any, at_least: int) -> None:
 def _trainable_copy(model: nn.Module) -> nn.Module:
     copy = frozen_copy(model)
     return copy.requires_grad_(True)
-
-
-def _explained_variance(values: Tensor, returns: Tensor) -> float:
-    variance = returns.var(correction=0)
-    if variance == 0:
-        return math.nan
-    return float(1 - (returns - values).var(correction=0) / variance)
-
-
-def _update_metrics(updates: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Means over a step's updates, in the vocabulary's names."""
-
-    def mean(key: str) -> float:
-        return float(torch.stack([update[key] for update in updates]).mean())
-
-    ratio = mean("ratio")
-    return {
-        "loss/policy_avg": mean("policy_loss"),
-        "loss/value_avg": mean("value_loss"),
-        "loss/kl_avg": mean("kl_loss"),
-        "policy/approxkl_avg": mean("approx_kl"),
-        "policy/clipfrac_avg": mean("clipped"),
-        "val/clipfrac_avg": mean("value_clipped"),
-        "val/ratio": ratio,
-        "val/ratio_var": mean("ratio_squared") - ratio**2,
-        "val/first_ratio_error": float(updates[0]["ratio_error"]),
-    }

@@ -37,7 +37,7 @@ def wandb_run(
     or ``args.resume_from_checkpoint``) goes on in the same run; any other training is a run of its
     own.
     """
-    if "wandb" not in args.report_to or wandb.run is not None:
+    if "wandb" not in (args.report_to or ()) or wandb.run is not None:
         yield
         return
     folder = Path(str(args.output_dir))

@@ -31,7 +31,7 @@ def interrupted(whole: Path, part: Path) -> None:
     records = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
     (part / "metrics.jsonl").write_text("".join(records[:3]))
     completions = (whole / "completions.jsonl").read_text().splitlines(keepends=True)
-    (part / "completions.jsonl").write_text("".join(completions[:12]))
+    (part / "completions.jsonl").write_text("".join(completions[:9]))
 
 
 @pytest.mark.parametrize(

@@ -275,7 +275,7 @@ def test_completions_are_written_with_scores_and_kl(make_trainer, tmp_path):
     trainer.train()
     lines = (tmp_path / "run" / "completions.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    assert [row["step"] for row in rows] == [0, 0, 0, 2, 2, 2]
+    assert [row["step"] for row in rows] == [1, 1, 1, 3, 3, 3]
     for row in rows:
         assert row["score"] == float(LexiconReward()([row["prompt"]], [row["response"]]))
         assert row["judge/lexicon"] == row["score"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import wandb
+from transformers import TrainerCallback
 from wandb.proto import wandb_internal_pb2
 
 from rlkl.trainers import RaoBlackwellPPOTrainer
@@ -126,13 +127,16 @@ def test_a_whole_run_and_its_evaluations_are_in_one_offline_run(
     assert before["eval_kl/rb"] == 0
 
 
-def test_group_and_project_can_be_named(make_trainer, tmp_path):
-    trainer = make_trainer(
-        report_to=["wandb"], wandb_group="mine", wandb_project="other", max_steps=1
-    )
-    trainer.train()
-    (run,) = (r.run for r in offline_records(tmp_path / "run") if r.HasField("run"))
-    assert (run.run_group, run.project) == ("mine", "other")
+def test_group_and_project_can_be_named(make_trainer):
+    named = {}
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            named.update(group=wandb.run.group, project=wandb.run.project)
+
+    settings = {"wandb_group": "mine", "wandb_project": "other", "max_steps": 1}
+    make_trainer(report_to=["wandb"], callbacks=[Look()], **settings).train()
+    assert named == {"group": "mine", "project": "other"}
 
 
 def test_a_new_training_in_the_same_folder_is_a_run_of_its_own(make_trainer, tmp_path):

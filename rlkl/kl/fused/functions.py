@@ -248,7 +248,7 @@ class _Statistics(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *upstream):  # pyright: ignore[reportIncompatibleMethodOverride] (decorated)
+    def backward(ctx, *upstream):
         problem, inputs = ctx.problem, ctx.saved_tensors  # the read refuses modified inputs
         given = {
             name: gradient
@@ -277,7 +277,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *upstream):  # pyright: ignore[reportIncompatibleMethodOverride] (decorated)
+    def backward(ctx, *upstream):
         gradients, scale = ctx.saved_tensors, upstream[0]
         if scale != 1:
             gradients = [None if g is None else g * scale.to(g.dtype) for g in gradients]
