@@ -1,5 +1,7 @@
 """How well a language model predicts held-out text, and the trigram model it has to beat."""
 
+from typing import cast
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 def openings(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) -> list[list[int]]:
     """Token ids of the first `length` tokens of each text, after the opening bos token."""
     rows = tokenizer(texts, truncation=True, max_length=length, add_special_tokens=False)
-    return [[tokenizer.bos_token_id, *row] for row in rows["input_ids"]]
+    return [[cast(int, tokenizer.bos_token_id), *row] for row in rows["input_ids"]]
 
 
 def decoded_bytes(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> int:
@@ -29,7 +31,7 @@ def nats_of_openings(
     rows, nats, tokens = openings(tokenizer, texts, length), 0.0, 0
     for begin in range(0, len(rows), 64):
         batch = rows[begin : begin + 64]
-        ids = torch.full((len(batch), length + 1), tokenizer.pad_token_id)
+        ids = torch.full((len(batch), length + 1), cast(int, tokenizer.pad_token_id))
         real = torch.zeros(len(batch), length + 1, dtype=torch.bool)
         for i, row in enumerate(batch):
             ids[i, : len(row)] = torch.tensor(row)

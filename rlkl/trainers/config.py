@@ -98,7 +98,7 @@ class PPOConfig(TrainingArguments):
 
     # Defaults of TrainingArguments that differ for on-policy training.
     logging_steps: float = field(default=1, metadata={"help": "Steps between logs."})
-    bf16: bool | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+    bf16: bool | None = field(
         default=None,
         metadata={"help": "bf16 autocast of the trunks; None: where the hardware multiplies bf16."},
     )
@@ -114,7 +114,7 @@ class PPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and bf16_is_fast()
+            self.bf16 = not self.fp16 and bf16_is_fast()  # pyright: ignore[reportIncompatibleVariableOverride]
         if not torch.accelerator.is_available():
             self.use_cpu = True  # TrainingArguments refuses bf16 on a CPU that was not asked for
         super().__post_init__()
