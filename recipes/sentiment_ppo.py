@@ -164,9 +164,10 @@ def main() -> None:
         before_file = output_dir / "before.pt"
         if checkpoint is None:
             before = evaluate("before training")
-            yardstick = measure_best_of_n(
-                reference, tokenizer, held_out, reward, task, args, console
-            )
+            with trainer.accelerator.autocast():  # in the precision in which the policy samples
+                yardstick = measure_best_of_n(
+                    reference, tokenizer, held_out, reward, task, args, console
+                )
             torch.save((before, yardstick), before_file)
         else:
             before, yardstick = torch.load(before_file, weights_only=False)

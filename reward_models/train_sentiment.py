@@ -279,7 +279,7 @@ def collate(rows: list[np.ndarray], tokenizer: PreTrainedTokenizerFast) -> dict[
     width = 1 + max(len(row) for row in rows)
     ids = torch.full((len(rows), width), cast(int, tokenizer.pad_token_id))
     for i, row in enumerate(rows):
-        ids[i, 0] = tokenizer.cls_token_id
+        ids[i, 0] = cast(int, tokenizer.cls_token_id)
         ids[i, 1 : 1 + len(row)] = torch.from_numpy(row.astype(np.int64))
     lengths = torch.tensor([1 + len(row) for row in rows])
     return {

@@ -60,7 +60,7 @@ class TrigramLM:
     Example:
         >>> lm = TrigramLM(np.array([0, 1, 2, 0, 1, 2, 0, 1]), vocab_size=3)
         >>> probability = [np.exp(lm.logp(np.array([[0, 1, w]])))[0, 1] for w in range(3)]
-        >>> round(sum(probability), 6)
+        >>> round(float(sum(probability)), 6)
         1.0
     """
 
