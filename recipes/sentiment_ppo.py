@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-# Threads that wait asleep: beside a busy neighbour a step takes half the time it takes spinning.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import matplotlib
 
