@@ -2,9 +2,9 @@
 
 Needs torch alone. Read in this order: `estimators` (which estimate), `placement` (where it enters
 the update), `coefficient` (how strongly), `divergences` (between two distributions), `sequence`
-(what is reported, with standard errors), `response_estimators` and `control_moments` (estimates from
-whole responses), `off_policy` (responses of another policy), `tabular` (the truth, by enumeration), `fused` (the same
-quantities from hidden states, without the logits).
+(what is reported, with standard errors), `response_estimators` and `control_moments` (measuring
+from whole responses), `off_policy` (from those of another policy), `tabular` (the truth, by
+enumeration), `fused` (the same quantities from hidden states, without the logits).
 """
 
 from rlkl.kl.coefficient import AdaptiveKLCoefficient, FixedKLCoefficient, KLCoefficient
@@ -56,6 +56,7 @@ from rlkl.kl.tabular import (
     exact_gradient,
     exact_kl,
     gradient_moments,
+    response_moments,
     surrogate_moments,
     value_moments,
 )
@@ -105,6 +106,7 @@ __all__ = [
     "per_token_mean_and_stderr",
     "prefix_weighted_surrogate",
     "prefix_weights",
+    "response_moments",
     "response_statistics",
     "response_weights",
     "reverse_kl",

@@ -143,17 +143,16 @@ def prefix_weighted_surrogate(
 
     With `own_token`, k depends on y_t and W includes r_t. Differentiates k *and* the weights: not a
     surrogate only, the value is the off-policy estimate of D_KL(policy ‖ ref) itself, in nats per
-    response. Unbiased in both, of the *sequence* KL, for every unbiased k whose tokens μ sampled
-    (rb: `own_token=False`). `own_token=False` of topk, whose gradient is complete in k, holds for
-    the gradient only with the token's own ratio as a constant weight: use rb.
+    response. Unbiased in both, of the *sequence* KL, for rb (`own_token=False`) and, with the
+    token's own ratio, for every unbiased function k of u_t (`own_token=True`).
 
     Raises:
         ValueError: `truncate_at` is below 1.
 
     Example:
-        >>> logp = torch.tensor([[0.2, 0.5]]).log()
+        >>> logp, sampler = torch.tensor([[0.2, 0.5]]).log(), torch.tensor([[0.4, 0.5]]).log()
         >>> k, mask = torch.tensor([[0.3, 0.2]]), torch.ones(1, 2, dtype=torch.bool)
-        >>> prefix_weighted_surrogate(k, logp, torch.tensor([[0.4, 0.5]]).log(), mask, own_token=False)
+        >>> prefix_weighted_surrogate(k, logp, sampler, mask, own_token=False)
         tensor([0.4000])
     """
     weights = prefix_weights(policy_token_logp, sampler_token_logp, mask)
@@ -170,10 +169,10 @@ def token_ratio_surrogate(
 ) -> Float[Tensor, " B"]:
     """Σ_t r_t k_t per response, k and r_t differentiated: the token's own ratio only.
 
-    The form of the field (k3 × ratio in the loss). Its expectation is Σ_t E_{h~μ}[D_t], the token
-    KL of π at the prefixes that *μ* visits, and its gradient the token-level gradient there: for
-    any k that is unbiased and depends on y_t. At π = μ it is E[Σ_t ∇D_t]; how a token changes the KL
-    of later prefixes is left out.
+    The form of the field (k3 × ratio in the loss). For any unbiased k that is a function of u_t its
+    expectation is Σ_t E_{h~μ}[D_t], the token KL of π at the prefixes that *μ* visits, and its
+    gradient the token-level gradient there. At π = μ that is Σ_t E[∇D_t]: how a token changes the
+    KL of later prefixes is left out.
 
     Example:
         >>> logp = torch.tensor([[0.2, 0.5]]).log()
