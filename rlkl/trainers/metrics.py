@@ -43,7 +43,10 @@ VOCABULARY: dict[str, str] = {
     ),
     "time/generation": "seconds: sampling the responses",
     "time/scoring": "seconds: reward model and judges",
-    "time/statistics": "seconds: policy, reference and critic on the responses, without gradient",
+    "time/statistics": (
+        "seconds: policy, reference and critic on the responses; the first update takes its policy "
+        "pass from here"
+    ),
     "time/optimisation": "seconds: the step's updates, but for the last optimiser step",
     "time/step": "seconds: the whole step",
     "episode": "responses sampled so far",
