@@ -2,6 +2,7 @@
 table.
 """
 
+import torch
 from torch import Tensor
 
 from rlkl.kl import (
@@ -28,9 +29,15 @@ def summarise(rollout: Rollout) -> dict[str, float]:
     """KL by every estimator on the same responses, score, judges, entropy, length.
 
     Keys are those of the vocabulary table in `rlkl.trainers.metrics`; one ending in ``_se`` is the
-    standard error of the mean before it, responses being independent.
+    standard error of the mean before it, clustered by prompt: responses to one prompt are alike.
     """
-    mask = rollout.responses.mask
+    mask, prompts = rollout.responses.mask, rollout.responses.prompts
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    groups = torch.tensor([number[prompt] for prompt in prompts], device=mask.device)
+    if (
+        len(number) == 1
+    ):  # it is then about this one prompt, given which its responses are independent
+        groups = None
     metrics: dict[str, float] = {}
 
     def put(name: str, mean: Tensor, stderr: Tensor) -> None:
@@ -38,13 +45,14 @@ def summarise(rollout: Rollout) -> dict[str, float]:
 
     for name in REPORTED_ESTIMATORS:
         k = token_kl(name, rollout)
-        put(f"kl/{name}", *mean_and_stderr(sequence_kl(k, mask)))
-        put(f"kl/{name}_per_token", *per_token_mean_and_stderr(k, mask))
-    put("objective/scores", *mean_and_stderr(rollout.scores))
+        put(f"kl/{name}", *mean_and_stderr(sequence_kl(k, mask), groups))
+        put(f"kl/{name}_per_token", *per_token_mean_and_stderr(k, mask, groups))
+    put("objective/scores", *mean_and_stderr(rollout.scores, groups))
     metrics["objective/scores_std"] = float(rollout.scores.std(correction=0))
     for name, scores in rollout.other_scores.items():
-        put(f"judge/{name}", *mean_and_stderr(scores))
-    put("policy/entropy_per_token", *per_token_mean_and_stderr(rollout.tokens.entropy, mask))
-    put("response/length", *mean_and_stderr(mask.sum(1).float()))
+        put(f"judge/{name}", *mean_and_stderr(scores, groups))
+    entropy = per_token_mean_and_stderr(rollout.tokens.entropy, mask, groups)
+    put("policy/entropy_per_token", *entropy)
+    put("response/length", *mean_and_stderr(mask.sum(1).float(), groups))
     metrics["response/truncated_fraction"] = float((~rollout.responses.ended).float().mean())
     return metrics

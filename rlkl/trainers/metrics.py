@@ -56,7 +56,7 @@ VOCABULARY: dict[str, str] = {
     "epoch": "passes over the prompts so far",
 }
 """Every metric by its formula. A key ending in ``_se`` is the standard error of the mean before it
-(responses independent); b runs over responses, t over their real tokens, π is the policy that
+(clustered by prompt); b runs over responses, t over their real tokens, π is the policy that
 sampled, q the reference, h_t the prefix before y_t."""
 
 

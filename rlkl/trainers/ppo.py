@@ -15,6 +15,7 @@ from transformers.integrations import WandbCallback
 from transformers.trainer_utils import TrainOutput
 
 from reward_models import RewardModel
+from rlkl.data import check_prompts, collate_prompts
 from rlkl.kl import (
     AdaptiveKLCoefficient,
     FixedKLCoefficient,
@@ -30,7 +31,6 @@ from rlkl.kl import (
     kl_rewards,
     sequence_kl,
 )
-from rlkl.data import check_prompts, collate_prompts
 from rlkl.models import Critic, frozen_copy, linear_head, reference_model
 from rlkl.rl import (
     clipped_policy_loss,
