@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rlkl.kl import (
+    RaoBlackwellEstimator,
     SampledEstimator,
     get_estimator,
     mean_and_stderr,
@@ -18,11 +19,20 @@ REPORTED_ESTIMATORS = ("k1", "k3", "rb")
 
 
 def token_kl(name: str, rollout: Rollout) -> Tensor:
-    """k_t by the estimator `name` from a rollout's statistics: [B, T] nats, 0 where masked."""
+    """k_t by the estimator `name` from a rollout's statistics: [B, T] nats, 0 where masked.
+
+    Raises:
+        ValueError: a rollout's statistics do not hold what the estimator needs (topk).
+    """
     estimator = get_estimator(name)
     if isinstance(estimator, SampledEstimator):
         return estimator.from_token_logp(rollout.tokens.policy_logp, rollout.tokens.ref_logp)
-    return rollout.tokens.kl
+    if isinstance(estimator, RaoBlackwellEstimator):
+        return rollout.tokens.kl
+    raise ValueError(
+        f"estimator {name!r} needs whole distributions, of which a rollout keeps the exact KL: "
+        "use 'rb', which costs no more"
+    )
 
 
 def summarise(rollout: Rollout) -> dict[str, float]:

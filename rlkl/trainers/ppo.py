@@ -21,6 +21,7 @@ from rlkl.kl import (
     FixedKLCoefficient,
     KLCoefficient,
     KLPlacement,
+    RaoBlackwellEstimator,
     SampledEstimator,
     TokenLogp,
     TokenStats,
@@ -115,6 +116,11 @@ class PPOTrainer(Trainer):
         self.estimator = get_estimator(args.kl_estimator or self.default_estimator)
         self.placement = KLPlacement(args.kl_placement or self.default_placement)
         check_placement(self.estimator, self.placement, args.allow_biased_kl)
+        if not isinstance(self.estimator, SampledEstimator | RaoBlackwellEstimator):
+            raise ValueError(
+                f"kl_estimator is {self.estimator.name}, which is for measuring: train with rb, "
+                "exact and no dearer, or with a sampled estimator"
+            )
         check_prompts(train_dataset, at_least=args.per_device_train_batch_size)
         if args.world_size > 1:
             raise ValueError(
