@@ -43,7 +43,10 @@ VOCABULARY: dict[str, str] = {
     ),
     "time/generation": "seconds: sampling the responses",
     "time/scoring": "seconds: reward model and judges",
-    "time/statistics": "seconds: policy, reference and critic on the responses, without gradient",
+    "time/statistics": (
+        "seconds: policy, reference and critic on the responses; the first update takes its policy "
+        "pass from here"
+    ),
     "time/optimisation": "seconds: the step's updates, but for the last optimiser step",
     "time/step": "seconds: the whole step",
     "episode": "responses sampled so far",
@@ -53,7 +56,7 @@ VOCABULARY: dict[str, str] = {
     "epoch": "passes over the prompts so far",
 }
 """Every metric by its formula. A key ending in ``_se`` is the standard error of the mean before it
-(responses independent); b runs over responses, t over their real tokens, π is the policy that
+(clustered by prompt); b runs over responses, t over their real tokens, π is the policy that
 sampled, q the reference, h_t the prefix before y_t."""
 
 
