@@ -30,7 +30,9 @@ from rlkl.kl.fused import (
     fused_token_stats,
 )
 from rlkl.kl.off_policy import (
+    PrefixChannels,
     effective_sample_size,
+    prefix_channels,
     prefix_weighted_surrogate,
     prefix_weights,
     response_weights,
@@ -76,6 +78,7 @@ __all__ = [
     "KLPlacement",
     "MeanStderr",
     "Moments",
+    "PrefixChannels",
     "RaoBlackwellEstimator",
     "ResponseClaims",
     "ResponseEstimator",
@@ -104,6 +107,7 @@ __all__ = [
     "kl_surrogate",
     "mean_and_stderr",
     "per_token_mean_and_stderr",
+    "prefix_channels",
     "prefix_weighted_surrogate",
     "prefix_weights",
     "response_moments",

@@ -48,7 +48,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlkl.kl.control_moments import ControlEstimate, ControlMoments
-from rlkl.kl.off_policy import prefix_weights, token_ratios
+from rlkl.kl.off_policy import prefix_weights
 
 
 class ResponseStatistics(NamedTuple):
@@ -108,9 +108,7 @@ def response_statistics(
         return ResponseStatistics(u.sum(1), excess, d.sum(1), u - d, policy.sum(1))
     logps = policy, real(sampler_token_logp), mask
     before = prefix_weights(*logps, truncate_at=truncate_at)
-    through = before * token_ratios(*logps)
-    if truncate_at is not None:
-        through = through.clamp(max=truncate_at)
+    through = prefix_weights(*logps, truncate_at=truncate_at, own_token=True)
     d, u = before * d, through * u
     last = (mask.sum(1, keepdim=True) - 1).clamp(min=0)
     excess = excess * through.gather(1, last).squeeze(1)

@@ -28,6 +28,7 @@ from rlkl.kl import (
     check_placement,
     fused_logp_loss,
     fused_token_loss,
+    fused_token_stats,
     get_estimator,
     kl_rewards,
     sequence_kl,
@@ -49,12 +50,14 @@ from rlkl.rollout import (
     collect_rollout,
     policy_pass,
     sample_responses,
+    scatter_tokens,
     token_statistics,
 )
 from rlkl.rollout.collect import SumOfRewards
 from rlkl.rollout.summary import summarise, token_kl
 from rlkl.trainers.config import PPOConfig
 from rlkl.trainers.metrics import MetricsFile, average_steps
+from rlkl.trainers.off_policy import PrefixCorrection, prefix_correction
 from rlkl.trainers.step import StepClock, Update, explained_variance, update_metrics
 from rlkl.trainers.tracking import WandbMirror, log_completions, wandb_run
 
@@ -305,13 +308,21 @@ class PPOTrainer(Trainer):
                 if updates:
                     self._apply_gradient()
                 update = self.accumulate_gradient(
-                    rollout, rows, advantages, returns, scale, first_pass
+                    rollout,
+                    rows,
+                    advantages,
+                    returns,
+                    scale,
+                    first_pass,
+                    off_policy=bool(updates) and self.args.kl_off_policy != "none",
                 )
                 first_pass = None  # of the policy before its first update
                 updates.append(update)
                 loss = update.loss
         self._clip_critic()
-        metrics |= update_metrics(updates, self.args.cliprange, self.args.cliprange_value)
+        metrics |= update_metrics(
+            updates, self.args.cliprange, self.args.cliprange_value, self.args.kl_weight_bound
+        )
         return loss
 
     def accumulate_gradient(
@@ -322,26 +333,35 @@ class PPOTrainer(Trainer):
         returns: Tensor,
         scale: Tensor,
         policy_pass: PolicyPass | None = None,
+        *,
+        off_policy: bool = False,
     ) -> Update:
         """Gradient of one minibatch: means over its tokens of policy, value and KL losses.
 
-        `policy_pass` is the minibatch's, where it was made already.
+        `policy_pass` is the minibatch's, where it was made already. `off_policy` takes the KL of
+        the policy as it is now, by weights of the prefixes, in place of the rollout's: see
+        `PrefixCorrection`.
 
         The KL in the loss is divided by the advantages' scale σ: both channels of the objective
         E[score] − β D_KL keep their proportion.
         """
         args, mask = self.args, rollout.responses.mask
         count = mask[rows].sum()
-        kl_weight = 0.0
-        if self.placement is not KLPlacement.REWARD:
-            kl_weight = self.kl_coefficient.value / float(scale)
+        beta = self.kl_coefficient.value / float(scale)
+        kl_weight = 0.0 if self.placement is KLPlacement.REWARD else beta
 
         def token_loss(
-            stats: TokenStats | TokenLogp, old_logp: Tensor, advantage: Tensor
+            stats: TokenStats | TokenLogp, old_logp: Tensor, advantage: Tensor, *prefix: Tensor
         ) -> Tensor:
             loss = clipped_policy_loss(stats.policy_logp, old_logp, advantage, args.cliprange)
+            correction = PrefixCorrection(*prefix) if prefix else None
             if isinstance(stats, TokenStats):
-                loss = loss + kl_weight * self._loss_kl(stats)
+                weight = kl_weight if correction is None else kl_weight * correction.pathwise
+                loss = loss + weight * self._loss_kl(stats)
+            if correction is not None:
+                loss = loss + beta * correction.loss(
+                    stats.policy_logp, old_logp, advantage, args.cliprange
+                )
             return loss.sum() / count
 
         parts: list[Update] = []
@@ -357,6 +377,8 @@ class PPOTrainer(Trainer):
             assert values is not None
             policy = (hidden, head.weight)
             sample = (batch.tokens[batch.mask], old_logp, advantage)
+            if off_policy:
+                sample = (*sample, *self._prefix_correction(rollout, micro, hidden.detach()))
             shared = {
                 "policy_bias": head.bias,
                 "temperature": args.temperature,
@@ -382,6 +404,9 @@ class PPOTrainer(Trainer):
             self.accelerator.backward(loss)
 
             with torch.no_grad():
+                log_ratio = stats.policy_logp - old_logp
+                through = scatter_tokens(log_ratio, batch.mask).cumsum(1)
+                before = torch.nn.functional.pad(through[:, :-1], (1, 0))
                 kl_loss = torch.zeros_like(loss)
                 if isinstance(stats, TokenStats):
                     kl_loss = kl_weight * self._loss_kl(stats).sum() / count
@@ -391,11 +416,54 @@ class PPOTrainer(Trainer):
                         policy_loss=policy_loss.detach() - kl_loss,
                         kl_loss=kl_loss,
                         value_loss=value_loss.detach(),
-                        log_ratio=stats.policy_logp - old_logp,
+                        log_ratio=log_ratio,
                         value_change=values - old_values,
+                        prefix_weight=before[batch.mask].exp(),
+                        response_weight=through[:, -1].exp(),
                     )
                 )
         return Update.join(parts)
+
+    @torch.no_grad()
+    def _prefix_correction(
+        self, rollout: Rollout, rows: Tensor, hidden: Tensor
+    ) -> PrefixCorrection:
+        """The correction of every token of `rows`, from the policy's hidden states there."""
+        batch = rollout.responses.rows(rows)
+        mask, old, head = batch.mask, rollout.tokens, linear_head(self.model)
+        ref_logp, ref_hidden, old_logp, old_kl = (
+            x[rows, : mask.shape[1]]
+            for x in (
+                old.ref_logp,
+                old.ref_hidden,
+                old.policy_logp,
+                token_kl(self.estimator.name, rollout),
+            )
+        )
+        with reference_model(self.model, self.ref_model) as ref:
+            reference = linear_head(ref)
+        stats = fused_token_stats(
+            hidden,
+            head.weight,
+            ref_hidden[mask],
+            reference.weight,
+            batch.tokens[mask],
+            policy_bias=head.bias,
+            ref_bias=reference.bias,
+            temperature=self.args.temperature,
+            gemm_dtype=self.args.gemm_dtype,
+        )
+        truncated = self.args.kl_off_policy == "prefix_truncated"
+        return prefix_correction(
+            scatter_tokens(self._loss_kl(stats), mask),
+            old_kl,
+            scatter_tokens(stats.policy_logp, mask),
+            old_logp,
+            mask,
+            own_token=self.estimator.claims.own_token,
+            future=self.placement is not KLPlacement.LOSS,
+            truncate_at=self.args.kl_weight_bound if truncated else None,
+        )
 
     def _loss_kl(self, stats: TokenStats) -> Tensor:
         """k_t with its gradient, from one chunk's statistics."""
