@@ -30,7 +30,7 @@ def audit(
     eos: Annotated[int, typer.Option(help="Token that ends a response; -1 for none.")] = 0,
     drift: Annotated[
         float, typer.Option(help="Noise on the policy's logits that makes the older sampler.")
-    ] = 0.7,
+    ] = 1.0,
     models: Annotated[
         Path | None,
         typer.Option(
@@ -41,7 +41,7 @@ def audit(
     top_k: Annotated[int, typer.Option(help="Head of topk and topk_bucket.")] = 2,
     truncate_at: Annotated[
         float, typer.Option(help="Bound of truncated prefix weights, at least 1.")
-    ] = 2.0,
+    ] = 1.5,
     json: Annotated[
         str | None, typer.Option(help="Write the audit as JSON to a file; - for standard output.")
     ] = None,

@@ -47,7 +47,7 @@ class Models:
 
 
 def random_models(
-    vocab_size: int, length: int, *, seed: int = 0, eos: int | None = 0, drift: float = 0.7
+    vocab_size: int, length: int, *, seed: int = 0, eos: int | None = 0, drift: float = 1.0
 ) -> Models:
     """Policy and reference with normal logits, and a sampler whose logits differ by `drift`.
 
@@ -101,7 +101,7 @@ def models_from_json(record: dict[str, Any]) -> Models:
     return Models(policy, ref, model("sampler") if "sampler" in record else policy)
 
 
-def audit(models: Models, *, top_k: int = 2, truncate_at: float = 2.0) -> dict[str, Any]:
+def audit(models: Models, *, top_k: int = 2, truncate_at: float = 1.5) -> dict[str, Any]:
     """The whole audit as a record: ``exact_kl``, ``rows``, ``configurations``, and what they mean.
 
     Each row has `estimator`, `placement`, `sampling` ("on": the policy sampled, "off": the

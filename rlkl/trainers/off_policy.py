@@ -9,9 +9,9 @@ responses,
 
 Advantages mix the KL with the score, so the KL in them cannot be weighted by itself; its part of
 the policy loss, β Σ_t r_t G_t with G_t = Σ_{s>t} k_s of the rollout, is taken out where it has a
-gradient (where the ratio r_t is not clipped), and β Σ_t F_t log π(y_t) put in. At π = π_old both are
-the same, and nothing changes. Exact where the advantages hold that part undiscounted (γ = λ = 1);
-with GAE, as exact as the critic.
+gradient (where the ratio r_t is not clipped), and β Σ_t F_t log π(y_t) put in. At π = π_old both
+are the same, and nothing changes. Exact where the advantages hold that part undiscounted
+(γ = λ = 1); with GAE, as exact as the critic.
 """
 
 from typing import NamedTuple

@@ -350,19 +350,22 @@ class PPOTrainer(Trainer):
         beta = self.kl_coefficient.value / float(scale)
         kl_weight = 0.0 if self.placement is KLPlacement.REWARD else beta
 
+        def kl_term(
+            stats: TokenStats | TokenLogp, old_logp: Tensor, advantage: Tensor, *prefix: Tensor
+        ) -> Tensor:
+            term, weight = torch.zeros_like(old_logp), kl_weight
+            if prefix:
+                correction = PrefixCorrection(*prefix)
+                logps = stats.policy_logp, old_logp
+                term = beta * correction.loss(*logps, advantage, args.cliprange)
+                weight = kl_weight * correction.pathwise
+            return term + weight * self._loss_kl(stats) if isinstance(stats, TokenStats) else term
+
         def token_loss(
             stats: TokenStats | TokenLogp, old_logp: Tensor, advantage: Tensor, *prefix: Tensor
         ) -> Tensor:
             loss = clipped_policy_loss(stats.policy_logp, old_logp, advantage, args.cliprange)
-            correction = PrefixCorrection(*prefix) if prefix else None
-            if isinstance(stats, TokenStats):
-                weight = kl_weight if correction is None else kl_weight * correction.pathwise
-                loss = loss + weight * self._loss_kl(stats)
-            if correction is not None:
-                loss = loss + beta * correction.loss(
-                    stats.policy_logp, old_logp, advantage, args.cliprange
-                )
-            return loss.sum() / count
+            return (loss + kl_term(stats, old_logp, advantage, *prefix)).sum() / count
 
         parts: list[Update] = []
         old, head = rollout.tokens, linear_head(self.model)
@@ -407,9 +410,7 @@ class PPOTrainer(Trainer):
                 log_ratio = stats.policy_logp - old_logp
                 through = scatter_tokens(log_ratio, batch.mask).cumsum(1)
                 before = torch.nn.functional.pad(through[:, :-1], (1, 0))
-                kl_loss = torch.zeros_like(loss)
-                if isinstance(stats, TokenStats):
-                    kl_loss = kl_weight * self._loss_kl(stats).sum() / count
+                kl_loss = kl_term(stats, *sample[1:]).sum() / count
                 parts.append(
                     Update(
                         loss=loss.detach(),
@@ -431,14 +432,9 @@ class PPOTrainer(Trainer):
         """The correction of every token of `rows`, from the policy's hidden states there."""
         batch = rollout.responses.rows(rows)
         mask, old, head = batch.mask, rollout.tokens, linear_head(self.model)
-        ref_logp, ref_hidden, old_logp, old_kl = (
-            x[rows, : mask.shape[1]]
-            for x in (
-                old.ref_logp,
-                old.ref_hidden,
-                old.policy_logp,
-                token_kl(self.estimator.name, rollout),
-            )
+        old_kl = token_kl(self.estimator.name, rollout)
+        ref_hidden, old_logp, old_kl = (
+            x[rows, : mask.shape[1]] for x in (old.ref_hidden, old.policy_logp, old_kl)
         )
         with reference_model(self.model, self.ref_model) as ref:
             reference = linear_head(ref)

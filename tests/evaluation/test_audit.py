@@ -88,7 +88,7 @@ EXACT_ON = {
     "KL-RB code, Monte Carlo",
     "rlkl RaoBlackwellPPOTrainer",
     "rlkl RaoBlackwellPPOTrainer, prefix",
-    "rlkl RaoBlackwellPPOTrainer, prefix_truncated at 2",
+    "rlkl RaoBlackwellPPOTrainer, prefix_truncated at 1.5",
 }
 EXACT_OFF = {
     "KL-RB code, stepwise",
