@@ -107,3 +107,15 @@ def test_a_reward_model_that_fails_is_named_by_its_value(make_trainer):
 
     with pytest.raises(ValueError, match="the reward model gave nan for"):
         make_trainer(reward_funcs=broken).train()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kl_off_policy": "suffix"}, "'suffix'; use none, prefix or prefix_truncated"),
+        ({"kl_weight_bound": 0.5}, r"kl_weight_bound is 0\.5; it must be at least 1"),
+    ],
+)
+def test_off_policy_settings_that_mean_nothing_are_refused(make_trainer, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**changes)
