@@ -47,18 +47,19 @@ def audit(
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write the audit as one web page.")] = None,
 ) -> None:
-    r"""Is a KL term unbiased, does its gradient point the right way, how noisy is it?
+    """Is a KL term unbiased, does its gradient point the right way, how noisy is it?
 
-    Measures every estimator in every placement, and the KL terms of TRL, verl, OpenRLHF and the
-    KL-RB code, on a language model so small that all of its responses are listed: the numbers are
-    exact. Sampling "on": the policy's own responses; "off": those of an older policy.
+    Measures every estimator in every placement, and the KL terms of TRL, verl,
+    OpenRLHF and the KL-RB code, on a language model so small that all of its
+    responses are listed: the numbers are exact. Sampling "on": the policy's
+    own responses; "off": those of an older policy.
 
     \b
     Examples:
       rlkl audit
       rlkl audit --vocab 5 --seed 1 --html audit.html
       rlkl audit --models mine.json --json -
-    """
+    """  # noqa: D301 (typer reads the backspace: lines to be kept)
     with refusing_bad_input():
         for target in (html, Path(json) if json not in (None, "-") else None):
             if target is not None and not target.resolve().parent.is_dir():

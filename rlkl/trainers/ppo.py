@@ -50,14 +50,13 @@ from rlkl.rollout import (
     collect_rollout,
     policy_pass,
     sample_responses,
-    scatter_tokens,
     token_statistics,
 )
 from rlkl.rollout.collect import SumOfRewards
 from rlkl.rollout.summary import summarise, token_kl
 from rlkl.trainers.config import PPOConfig
+from rlkl.trainers.kl_term import KLTerm
 from rlkl.trainers.metrics import MetricsFile, average_steps
-from rlkl.trainers.off_policy import PrefixCorrection, prefix_correction
 from rlkl.trainers.step import StepClock, Update, explained_variance, update_metrics
 from rlkl.trainers.tracking import WandbMirror, log_completions, wandb_run
 
@@ -338,9 +337,8 @@ class PPOTrainer(Trainer):
     ) -> Update:
         """Gradient of one minibatch: means over its tokens of policy, value and KL losses.
 
-        `policy_pass` is the minibatch's, where it was made already. `off_policy` takes the KL of
-        the policy as it is now, by weights of the prefixes, in place of the rollout's: see
-        `PrefixCorrection`.
+        `policy_pass` is the minibatch's, where it was made already. `off_policy` corrects the KL
+        for what the policy has moved since the rollout: see `rlkl.trainers.kl_term`.
 
         The KL in the loss is divided by the advantages' scale σ: both channels of the objective
         E[score] − β D_KL keep their proportion.
@@ -348,18 +346,8 @@ class PPOTrainer(Trainer):
         args, mask = self.args, rollout.responses.mask
         count = mask[rows].sum()
         beta = self.kl_coefficient.value / float(scale)
-        kl_weight = 0.0 if self.placement is KLPlacement.REWARD else beta
-
-        def kl_term(
-            stats: TokenStats | TokenLogp, old_logp: Tensor, advantage: Tensor, *prefix: Tensor
-        ) -> Tensor:
-            term, weight = torch.zeros_like(old_logp), kl_weight
-            if prefix:
-                correction = PrefixCorrection(*prefix)
-                logps = stats.policy_logp, old_logp
-                term = beta * correction.loss(*logps, advantage, args.cliprange)
-                weight = kl_weight * correction.pathwise
-            return term + weight * self._loss_kl(stats) if isinstance(stats, TokenStats) else term
+        kl_term = KLTerm(self.estimator, self.placement, beta, args.cliprange)
+        bound = args.kl_weight_bound if args.kl_off_policy == "prefix_truncated" else None
 
         def token_loss(
             stats: TokenStats | TokenLogp, old_logp: Tensor, advantage: Tensor, *prefix: Tensor
@@ -378,28 +366,26 @@ class PPOTrainer(Trainer):
             )
             hidden, values = policy_pass or self.policy_pass(batch)
             assert values is not None
-            policy = (hidden, head.weight)
+            with reference_model(self.model, self.ref_model) as ref:
+                reference = linear_head(ref)
+            policy, both = (hidden, head.weight), (ref_hidden, reference.weight)
             sample = (batch.tokens[batch.mask], old_logp, advantage)
-            if off_policy:
-                sample = (*sample, *self._prefix_correction(rollout, micro, hidden.detach()))
             shared = {
                 "policy_bias": head.bias,
                 "temperature": args.temperature,
                 "gemm_dtype": args.gemm_dtype,
             }
+            if off_policy:
+                with torch.no_grad():
+                    now = fused_token_stats(
+                        *policy, *both, sample[0], ref_bias=reference.bias, **shared
+                    )
+                sample = (*sample, *kl_term.correction(now, rollout, micro, bound))
             if self.placement is KLPlacement.REWARD:
                 policy_loss, stats = fused_logp_loss(token_loss, *policy, *sample, **shared)
             else:
-                with reference_model(self.model, self.ref_model) as ref:
-                    reference = linear_head(ref)
                 policy_loss, stats = fused_token_loss(
-                    token_loss,
-                    *policy,
-                    ref_hidden,
-                    reference.weight,
-                    *sample,
-                    ref_bias=reference.bias,
-                    **shared,
+                    token_loss, *policy, *both, *sample, ref_bias=reference.bias, **shared
                 )
             value_loss = clipped_value_loss(values, old_values, target, args.cliprange_value)
             value_loss = value_loss.sum() / count
@@ -407,65 +393,16 @@ class PPOTrainer(Trainer):
             self.accelerator.backward(loss)
 
             with torch.no_grad():
-                log_ratio = stats.policy_logp - old_logp
-                through = scatter_tokens(log_ratio, batch.mask).cumsum(1)
-                before = torch.nn.functional.pad(through[:, :-1], (1, 0))
                 kl_loss = kl_term(stats, *sample[1:]).sum() / count
                 parts.append(
-                    Update(
-                        loss=loss.detach(),
-                        policy_loss=policy_loss.detach() - kl_loss,
-                        kl_loss=kl_loss,
-                        value_loss=value_loss.detach(),
-                        log_ratio=log_ratio,
-                        value_change=values - old_values,
-                        prefix_weight=before[batch.mask].exp(),
-                        response_weight=through[:, -1].exp(),
+                    Update.measured(
+                        (loss, policy_loss - kl_loss, kl_loss, value_loss),
+                        stats.policy_logp - old_logp,
+                        values - old_values,
+                        batch.mask,
                     )
                 )
         return Update.join(parts)
-
-    @torch.no_grad()
-    def _prefix_correction(
-        self, rollout: Rollout, rows: Tensor, hidden: Tensor
-    ) -> PrefixCorrection:
-        """The correction of every token of `rows`, from the policy's hidden states there."""
-        batch = rollout.responses.rows(rows)
-        mask, old, head = batch.mask, rollout.tokens, linear_head(self.model)
-        old_kl = token_kl(self.estimator.name, rollout)
-        ref_hidden, old_logp, old_kl = (
-            x[rows, : mask.shape[1]] for x in (old.ref_hidden, old.policy_logp, old_kl)
-        )
-        with reference_model(self.model, self.ref_model) as ref:
-            reference = linear_head(ref)
-        stats = fused_token_stats(
-            hidden,
-            head.weight,
-            ref_hidden[mask],
-            reference.weight,
-            batch.tokens[mask],
-            policy_bias=head.bias,
-            ref_bias=reference.bias,
-            temperature=self.args.temperature,
-            gemm_dtype=self.args.gemm_dtype,
-        )
-        truncated = self.args.kl_off_policy == "prefix_truncated"
-        return prefix_correction(
-            scatter_tokens(self._loss_kl(stats), mask),
-            old_kl,
-            scatter_tokens(stats.policy_logp, mask),
-            old_logp,
-            mask,
-            own_token=self.estimator.claims.own_token,
-            future=self.placement is not KLPlacement.LOSS,
-            truncate_at=self.args.kl_weight_bound if truncated else None,
-        )
-
-    def _loss_kl(self, stats: TokenStats) -> Tensor:
-        """k_t with its gradient, from one chunk's statistics."""
-        if isinstance(self.estimator, SampledEstimator):
-            return self.estimator.from_token_logp(stats.policy_logp, stats.ref_logp)
-        return stats.kl
 
     def _apply_gradient(self) -> None:
         """Clips and steps between minibatches, as the Trainer does after the last one."""
