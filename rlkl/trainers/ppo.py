@@ -21,6 +21,7 @@ from rlkl.kl import (
     FixedKLCoefficient,
     KLCoefficient,
     KLPlacement,
+    ModuleHead,
     RaoBlackwellEstimator,
     SampledEstimator,
     TokenLogp,
@@ -32,7 +33,7 @@ from rlkl.kl import (
     kl_rewards,
     sequence_kl,
 )
-from rlkl.models import Critic, frozen_copy, linear_head, reference_model
+from rlkl.models import Critic, frozen_copy, hidden_size, output_head, reference_model
 from rlkl.rl import (
     clipped_policy_loss,
     clipped_value_loss,
@@ -130,11 +131,14 @@ class PPOTrainer(Trainer):
             model = get_peft_model(model, peft_config)  # pyright: ignore[reportArgumentType]
         if ref_model is None and not isinstance(model, PeftModel):
             ref_model = frozen_copy(model)
+        elif ref_model is None and isinstance(output_head(model), ModuleHead):
+            raise ValueError(
+                "this head's logits depend on whether the adapter is on, so that policy and "
+                "reference cannot be in use at once: pass ref_model, a copy of the base model"
+            )
         self.ref_model = ref_model
-        width = linear_head(model).weight.shape[1]
-        self.critic = Critic(
-            width, trunk=_trainable_copy(model) if args.separate_value_model else None
-        )
+        own_trunk = _trainable_copy(model) if args.separate_value_model else None
+        self.critic = Critic(hidden_size(model), own_trunk)
         self.reward = (
             SumOfRewards(reward_funcs) if isinstance(reward_funcs, Sequence) else reward_funcs
         )
@@ -345,7 +349,7 @@ class PPOTrainer(Trainer):
             return loss.sum() / count
 
         parts: list[Update] = []
-        old, head = rollout.tokens, linear_head(self.model)
+        old, head = rollout.tokens, output_head(self.model)
         assert old.values is not None  # the trainer always passes its critic
         for micro in rows.split(args.micro_batch_size or len(rows)):
             batch = rollout.responses.rows(micro)
@@ -355,26 +359,16 @@ class PPOTrainer(Trainer):
             )
             hidden, values = policy_pass or self.policy_pass(batch)
             assert values is not None
-            policy = (hidden, head.weight)
+            policy = (hidden, head)
             sample = (batch.tokens[batch.mask], old_logp, advantage)
-            shared = {
-                "policy_bias": head.bias,
-                "temperature": args.temperature,
-                "gemm_dtype": args.gemm_dtype,
-            }
+            shared = {"temperature": args.temperature, "gemm_dtype": args.gemm_dtype}
             if self.placement is KLPlacement.REWARD:
                 policy_loss, stats = fused_logp_loss(token_loss, *policy, *sample, **shared)
             else:
                 with reference_model(self.model, self.ref_model) as ref:
-                    reference = linear_head(ref)
+                    reference = (ref_hidden, output_head(ref))
                 policy_loss, stats = fused_token_loss(
-                    token_loss,
-                    *policy,
-                    ref_hidden,
-                    reference.weight,
-                    *sample,
-                    ref_bias=reference.bias,
-                    **shared,
+                    token_loss, *policy, *reference, *sample, **shared
                 )
             value_loss = clipped_value_loss(values, old_values, target, args.cliprange_value)
             value_loss = value_loss.sum() / count
