@@ -124,7 +124,10 @@ def _print(record: dict[str, Any], console: Console) -> None:
                 table.add_column(f"{side}\n{label}", justify="right")
             for row in rows:
                 if row["sampling"] == sampling:
-                    cells = [Text(formatted(row, key), verdict(row, key)) for key in COLUMNS]
+                    cells = [
+                        Text(formatted(row, key), verdict(row, key, record["exact_kl"]))
+                        for key in COLUMNS
+                    ]
                     start = [row["name"]] if named else []
                     table.add_row(*start, row["estimator"], row["placement"], *cells)
             console.print(table)

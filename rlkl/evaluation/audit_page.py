@@ -44,7 +44,7 @@ def formatted(row: dict[str, Any], key: str) -> str:
     return f"{value:+.3g}" if key in ("value_bias", "grad_cos") else f"{value:.3g}"
 
 
-def verdict(row: dict[str, Any], key: str, exact_kl: float = 1.0) -> str:
+def verdict(row: dict[str, Any], key: str, exact_kl: float) -> str:
     """green, yellow, red, or "" for a number that is not judged (variances)."""
     value = row[key]
     if value is None or key.endswith("_var"):
@@ -138,11 +138,15 @@ def _scatter(record: dict[str, Any]) -> str:
             points.setdefault(place, []).append(f"{row['estimator']} · {row['placement']}")
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     axes = figure.subplots()
-    for (variance, error), names in points.items():
+    for i, ((variance, error), names) in enumerate(sorted(points.items())):
         colour = "#1a7f37" if error < EXACT else "#cf222e" if error > CLOSE else "#9a6700"
         axes.plot(variance, error, "o", color=colour)
         axes.annotate(
-            "\n".join(names), (variance, error), (5, 4), textcoords="offset points", fontsize=8
+            "\n".join(names),
+            (variance, error),
+            (5, (4, -10)[i % 2]),
+            textcoords="offset points",
+            fontsize=8,
         )
     axes.set_xscale("symlog", linthresh=0.1)
     axes.set_xlabel("variance of one response's gradient")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from reward_models import RewardModel
 from rlkl.kl import fused_token_stats
-from rlkl.models import Critic, linear_head, reference_model, response_hidden
+from rlkl.models import Critic, output_head, reference_model, response_hidden
 from rlkl.rollout.records import Responses, Rollout, TokenRecord, scatter_tokens
 
 
@@ -89,7 +89,7 @@ def token_statistics(
         first_pass: the policy's pass over the first `batch_size` responses, where it was made
             already (to be differentiated later).
     """
-    head = linear_head(policy)
+    head = output_head(policy)
     parts, hidden_parts, value_parts = [], [], []
     for number, rows in enumerate(torch.arange(len(responses)).split(batch_size)):
         batch = responses.rows(rows)
@@ -101,19 +101,17 @@ def token_statistics(
             ref_hidden = response_hidden(
                 ref, batch.input_ids, batch.attention_mask, batch.tokens.shape[1]
             )[batch.mask]
-            ref_head = linear_head(ref)
+            ref_head = output_head(ref)
         if values is not None:
             value_parts.append(values)
         hidden_parts.append(ref_hidden.float())
         parts.append(
             fused_token_stats(
                 hidden,
-                head.weight,
+                head,
                 ref_hidden,
-                ref_head.weight,
+                ref_head,
                 batch.tokens[batch.mask],
-                policy_bias=head.bias,
-                ref_bias=ref_head.bias,
                 temperature=temperature,
                 gemm_dtype=gemm_dtype,
             )

@@ -21,6 +21,7 @@ from rlkl.kl import (
     FixedKLCoefficient,
     KLCoefficient,
     KLPlacement,
+    ModuleHead,
     RaoBlackwellEstimator,
     SampledEstimator,
     TokenLogp,
@@ -33,7 +34,7 @@ from rlkl.kl import (
     kl_rewards,
     sequence_kl,
 )
-from rlkl.models import Critic, frozen_copy, linear_head, reference_model
+from rlkl.models import Critic, frozen_copy, hidden_size, output_head, reference_model
 from rlkl.rl import (
     clipped_policy_loss,
     clipped_value_loss,
@@ -132,11 +133,14 @@ class PPOTrainer(Trainer):
             model = get_peft_model(model, peft_config)  # pyright: ignore[reportArgumentType]
         if ref_model is None and not isinstance(model, PeftModel):
             ref_model = frozen_copy(model)
+        elif ref_model is None and isinstance(output_head(model), ModuleHead):
+            raise ValueError(
+                "this head's logits depend on whether the adapter is on, so that policy and "
+                "reference cannot be in use at once: pass ref_model, a copy of the base model"
+            )
         self.ref_model = ref_model
-        width = linear_head(model).weight.shape[1]
-        self.critic = Critic(
-            width, trunk=_trainable_copy(model) if args.separate_value_model else None
-        )
+        own_trunk = _trainable_copy(model) if args.separate_value_model else None
+        self.critic = Critic(hidden_size(model), own_trunk)
         self.reward = (
             SumOfRewards(reward_funcs) if isinstance(reward_funcs, Sequence) else reward_funcs
         )
@@ -356,7 +360,7 @@ class PPOTrainer(Trainer):
             return (loss + kl_term(stats, old_logp, advantage, *prefix)).sum() / count
 
         parts: list[Update] = []
-        old, head = rollout.tokens, linear_head(self.model)
+        old, head = rollout.tokens, output_head(self.model)
         assert old.values is not None  # the trainer always passes its critic
         for micro in rows.split(args.micro_batch_size or len(rows)):
             batch = rollout.responses.rows(micro)
@@ -367,26 +371,17 @@ class PPOTrainer(Trainer):
             hidden, values = policy_pass or self.policy_pass(batch)
             assert values is not None
             with reference_model(self.model, self.ref_model) as ref:
-                reference = linear_head(ref)
-            policy, both = (hidden, head.weight), (ref_hidden, reference.weight)
+                both = hidden, head, ref_hidden, output_head(ref)
             sample = (batch.tokens[batch.mask], old_logp, advantage)
-            shared = {
-                "policy_bias": head.bias,
-                "temperature": args.temperature,
-                "gemm_dtype": args.gemm_dtype,
-            }
+            shared = {"temperature": args.temperature, "gemm_dtype": args.gemm_dtype}
             if off_policy:
                 with torch.no_grad():
-                    now = fused_token_stats(
-                        *policy, *both, sample[0], ref_bias=reference.bias, **shared
-                    )
+                    now = fused_token_stats(*both, sample[0], **shared)
                 sample = (*sample, *kl_term.correction(now, rollout, micro, bound))
             if self.placement is KLPlacement.REWARD:
-                policy_loss, stats = fused_logp_loss(token_loss, *policy, *sample, **shared)
+                policy_loss, stats = fused_logp_loss(token_loss, *both[:2], *sample, **shared)
             else:
-                policy_loss, stats = fused_token_loss(
-                    token_loss, *policy, *both, *sample, ref_bias=reference.bias, **shared
-                )
+                policy_loss, stats = fused_token_loss(token_loss, *both, *sample, **shared)
             value_loss = clipped_value_loss(values, old_values, target, args.cliprange_value)
             value_loss = value_loss.sum() / count
             loss = policy_loss + args.vf_coef * value_loss

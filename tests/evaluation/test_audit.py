@@ -191,8 +191,8 @@ def test_the_page_is_whole_and_has_every_configuration(record):
 
 def test_numbers_are_judged_and_rounding_is_zero():
     r = {"value_bias": 1e-17, "value_var": 2.0, "grad_rel_err": 0.1, "grad_cos": None}
-    assert (formatted(r, "value_bias"), verdict(r, "value_bias")) == ("0", "green")
-    assert (formatted(r, "grad_rel_err"), verdict(r, "grad_rel_err")) == ("0.1", "yellow")
-    assert verdict(r | {"grad_rel_err": 0.5}, "grad_rel_err") == "red"
-    assert (formatted(r, "grad_cos"), verdict(r, "grad_cos")) == ("–", "")
-    assert verdict(r, "value_var") == ""
+    assert (formatted(r, "value_bias"), verdict(r, "value_bias", 1.0)) == ("0", "green")
+    assert (formatted(r, "grad_rel_err"), verdict(r, "grad_rel_err", 1.0)) == ("0.1", "yellow")
+    assert verdict(r | {"grad_rel_err": 0.5}, "grad_rel_err", 1.0) == "red"
+    assert (formatted(r, "grad_cos"), verdict(r, "grad_cos", 1.0)) == ("–", "")
+    assert verdict(r, "value_var", 1.0) == ""
