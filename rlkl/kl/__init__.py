@@ -46,7 +46,9 @@ from rlkl.kl.fused import (
     head_logits,
 )
 from rlkl.kl.off_policy import (
+    PrefixChannels,
     effective_sample_size,
+    prefix_channels,
     prefix_weighted_surrogate,
     prefix_weights,
     response_weights,
@@ -72,6 +74,7 @@ from rlkl.kl.tabular import (
     exact_gradient,
     exact_kl,
     gradient_moments,
+    response_moments,
     surrogate_moments,
     value_moments,
 )
@@ -98,6 +101,7 @@ __all__ = [
     "ModuleHead",
     "Moments",
     "OutputHead",
+    "PrefixChannels",
     "RaoBlackwellEstimator",
     "ResponseClaims",
     "ResponseEstimator",
@@ -133,9 +137,11 @@ __all__ = [
     "kl_surrogate",
     "mean_and_stderr",
     "per_token_mean_and_stderr",
+    "prefix_channels",
     "prefix_weighted_surrogate",
     "prefix_weights",
     "reference_head",
+    "response_moments",
     "response_statistics",
     "response_weights",
     "reverse_kl",
