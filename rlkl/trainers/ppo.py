@@ -24,19 +24,15 @@ from rlkl.kl import (
     ModuleHead,
     RaoBlackwellEstimator,
     SampledEstimator,
-    TokenLogp,
-    TokenStats,
     check_placement,
-    fused_logp_loss,
-    fused_token_loss,
-    fused_token_stats,
     get_estimator,
     kl_rewards,
+    prefix_weights,
+    response_weights,
     sequence_kl,
 )
-from rlkl.models import Critic, frozen_copy, hidden_size, output_head, reference_model
+from rlkl.models import Critic, frozen_copy, hidden_size, output_head
 from rlkl.rl import (
-    clipped_policy_loss,
     clipped_value_loss,
     gae,
     penalise_missing_eos,
@@ -51,13 +47,14 @@ from rlkl.rollout import (
     collect_rollout,
     policy_pass,
     sample_responses,
+    scatter_tokens,
     token_statistics,
 )
 from rlkl.rollout.collect import SumOfRewards
 from rlkl.rollout.summary import summarise, token_kl
 from rlkl.trainers.config import PPOConfig
-from rlkl.trainers.kl_term import KLTerm
 from rlkl.trainers.metrics import MetricsFile, average_steps
+from rlkl.trainers.policy_loss import PolicyLoss
 from rlkl.trainers.step import StepClock, Update, explained_variance, update_metrics
 from rlkl.trainers.tracking import WandbMirror, log_completions, wandb_run
 
@@ -166,6 +163,9 @@ class PPOTrainer(Trainer):
         self.critic.to(args.device)
         if self.ref_model is not None:
             self.ref_model.to(args.device).eval()
+        self.policy_loss = PolicyLoss(
+            self.model, self.ref_model, self.estimator, self.placement, args
+        )
 
     # ---- one step --------------------------------------------------------------------------------
 
@@ -341,62 +341,48 @@ class PPOTrainer(Trainer):
     ) -> Update:
         """Gradient of one minibatch: means over its tokens of policy, value and KL losses.
 
-        `policy_pass` is the minibatch's, where it was made already. `off_policy` corrects the KL
-        for what the policy has moved since the rollout: see `rlkl.trainers.kl_term`.
+        `policy_pass` is the minibatch's, where it was made already. `off_policy` takes the KL of
+        the policy as it is now, by weights of the prefixes, in place of the rollout's: see
+        `PrefixCorrection`.
 
         The KL in the loss is divided by the advantages' scale σ: both channels of the objective
         E[score] − β D_KL keep their proportion.
         """
-        args, mask = self.args, rollout.responses.mask
-        count = mask[rows].sum()
+        args, old = self.args, rollout.tokens
+        count = rollout.responses.mask[rows].sum()
         beta = self.kl_coefficient.value / float(scale)
-        kl_term = KLTerm(self.estimator, self.placement, beta, args.cliprange)
-        bound = args.kl_weight_bound if args.kl_off_policy == "prefix_truncated" else None
-
-        def token_loss(
-            stats: TokenStats | TokenLogp, old_logp: Tensor, advantage: Tensor, *prefix: Tensor
-        ) -> Tensor:
-            loss = clipped_policy_loss(stats.policy_logp, old_logp, advantage, args.cliprange)
-            return (loss + kl_term(stats, old_logp, advantage, *prefix)).sum() / count
-
         parts: list[Update] = []
-        old, head = rollout.tokens, output_head(self.model)
         assert old.values is not None  # the trainer always passes its critic
         for micro in rows.split(args.micro_batch_size or len(rows)):
             batch = rollout.responses.rows(micro)
-            old_logp, old_values, advantage, target, ref_hidden = (
-                x[micro, : batch.tokens.shape[1]][batch.mask]
-                for x in (old.policy_logp, old.values, advantages, returns, old.ref_hidden)
+            mask, length = batch.mask, batch.tokens.shape[1]
+            old_logp, old_values, target = (
+                x[micro, :length] for x in (old.policy_logp, old.values, returns)
             )
             hidden, values = policy_pass or self.policy_pass(batch)
             assert values is not None
-            with reference_model(self.model, self.ref_model) as ref:
-                both = hidden, head, ref_hidden, output_head(ref)
-            sample = (batch.tokens[batch.mask], old_logp, advantage)
-            shared = {"temperature": args.temperature, "gemm_dtype": args.gemm_dtype}
-            if off_policy:
-                with torch.no_grad():
-                    now = fused_token_stats(*both, sample[0], **shared)
-                sample = (*sample, *kl_term.correction(now, rollout, micro, bound))
-            if self.placement is KLPlacement.REWARD:
-                policy_loss, stats = fused_logp_loss(token_loss, *both[:2], *sample, **shared)
-            else:
-                policy_loss, stats = fused_token_loss(token_loss, *both, *sample, **shared)
-            value_loss = clipped_value_loss(values, old_values, target, args.cliprange_value)
+            policy = self.policy_loss(
+                rollout, micro, hidden, advantages, beta, count, off_policy=off_policy
+            )
+            value_loss = clipped_value_loss(
+                values, old_values[mask], target[mask], args.cliprange_value
+            )
             value_loss = value_loss.sum() / count
-            loss = policy_loss + args.vf_coef * value_loss
+            loss = policy.loss + args.vf_coef * value_loss
             self.accelerator.backward(loss)
-
-            with torch.no_grad():
-                kl_loss = kl_term(stats, *sample[1:]).sum() / count
-                parts.append(
-                    Update.measured(
-                        (loss, policy_loss - kl_loss, kl_loss, value_loss),
-                        stats.policy_logp - old_logp,
-                        values - old_values,
-                        batch.mask,
-                    )
+            logps = scatter_tokens(policy.logp, mask), old_logp, mask
+            parts.append(
+                Update(
+                    loss=loss.detach(),
+                    policy_loss=policy.loss.detach() - policy.kl_loss,
+                    kl_loss=policy.kl_loss,
+                    value_loss=value_loss.detach(),
+                    log_ratio=policy.logp - old_logp[mask],
+                    value_change=values.detach() - old_values[mask],
+                    prefix_weight=prefix_weights(*logps)[mask],
+                    response_weight=response_weights(*logps),
                 )
+            )
         return Update.join(parts)
 
     def _apply_gradient(self) -> None:

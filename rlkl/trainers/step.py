@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from rlkl.kl import effective_sample_size
-from rlkl.rollout import scatter_tokens
 
 
 class StepClock:
@@ -44,23 +43,6 @@ class Update:
     """[N] Π_{s<t} π(y_s)/π_old(y_s)"""
     response_weight: Tensor
     """[B] π(y)/π_old(y)"""
-
-    @classmethod
-    def measured(
-        cls, losses: tuple[Tensor, ...], log_ratio: Tensor, value_change: Tensor, mask: Tensor
-    ) -> "Update":
-        """From loss, policy, KL and value loss, and the tokens' log-ratios and value changes [N]
-        of responses with mask [B, T].
-        """
-        through = scatter_tokens(log_ratio, mask).cumsum(1)
-        before = torch.nn.functional.pad(through[:, :-1], (1, 0))
-        return cls(
-            *(loss.detach() for loss in losses),
-            log_ratio=log_ratio,
-            value_change=value_change,
-            prefix_weight=before[mask].exp(),
-            response_weight=through[:, -1].exp(),
-        )
 
     @classmethod
     def join(cls, parts: Sequence["Update"]) -> "Update":
