@@ -115,8 +115,14 @@ def _print(record: dict[str, Any], console: Console) -> None:
         ("Configurations of the field, by name", record["configurations"], True),
     ):
         for sampling in ("on", "off"):
-            table = Table(title=f"{title} · sampling {sampling}", title_justify="left", box=SIMPLE)
-            table.add_column("configuration" if named else "estimator · placement", min_width=24)
+            table = Table(
+                title=f"{title} · sampling {sampling}",
+                title_justify="left",
+                box=SIMPLE,
+                pad_edge=False,
+                collapse_padding=True,
+            )
+            table.add_column("configuration" if named else "estimator · placement", min_width=20)
             for key, label in COLUMNS.items():
                 side = "value" if key.startswith("value") else "gradient"
                 table.add_column(f"{side}\n{label}", justify="right", no_wrap=True)
