@@ -34,6 +34,8 @@ from rlkl.kl import (
 MAX_RESPONSES = 2000
 TOLERANCE = 1e-9
 """Relative errors below it are rounding."""
+HT_DRAWS = 8
+"""Responses in one Horvitz-Thompson estimate."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,8 @@ def audit(models: Models, *, top_k: int = 2, truncate_at: float = 1.5) -> dict[s
                 (off, "off", plain_terms(top_k) + weighted_terms(truncate_at)),
             )
             for row in _rows(terms, which, sampling, exact, gradient)
-        ],
+        ]
+        + [_horvitz_thompson(models, HT_DRAWS)],
         "configurations": [
             {"name": name, **row, "note": term.note, "source": term.source}
             for which, sampling in ((on, "on"), (off, "off"))
@@ -179,6 +182,33 @@ def measure(term: Term, models: Models, exact: Tensor, gradient: Tensor) -> dict
     if length > TOLERANCE * size:
         result["grad_cos"] = ((mean * gradient).sum() / (size * length)).item()
     return result
+
+
+def _horvitz_thompson(models: Models, draws: int) -> dict[str, Any]:
+    """The row of ht: draws times the variance of the estimate from as many responses.
+
+    With p_y drawn = 1 - (1 - π(y))^m the probability that y is among them, the variance is that of
+    a sum over y of 1[y drawn] π(y) U(y) / p_y, whose indicators are not independent.
+    """
+    prob = models.policy.response_logp().exp()
+    possible = prob > 0
+    prob, absent = prob[possible], (1 - prob[possible]) ** draws
+    log_ratio = (models.policy.response_logp() - models.ref.response_logp())[possible]
+    drawn = 1 - absent
+    neither = (1 - prob[:, None] - prob).clamp(min=0) ** draws
+    both = 1 - absent[:, None] - absent + neither
+    both = torch.where(torch.eye(len(prob), dtype=torch.bool), drawn, both)
+    term = prob * log_ratio / drawn
+    variance = term @ (both - drawn[:, None] * drawn) @ term
+    none = dict.fromkeys(("grad_rel_err", "grad_cos", "grad_var"))
+    return {
+        "estimator": f"ht, {draws} draws",
+        "placement": "value only",
+        "sampling": "on",
+        "value_bias": (drawn @ term - exact_kl(models.policy, models.ref)).item(),
+        "value_var": (draws * variance).item(),
+        **none,
+    }
 
 
 def _rows(
