@@ -229,9 +229,9 @@ def _weights(models: Models, truncate_at: float) -> tuple[float, float]:
     """Variance of π(y)/μ(y) under μ, and the expected share of tokens with W_t > c."""
     policy, sampler = models.policy, models.sampler
     index = policy.tokens.unsqueeze(-1)
-    logps = [lm.policy_logp().gather(-1, index).squeeze(-1) for lm in (policy, sampler)]
-    weights = response_weights(*logps, policy.mask)
-    over = (prefix_weights(*logps, policy.mask) > truncate_at) & policy.mask
+    logp, sampled = (lm.policy_logp().gather(-1, index).squeeze(-1) for lm in (policy, sampler))
+    weights = response_weights(logp, sampled, policy.mask)
+    over = (prefix_weights(logp, sampled, policy.mask) > truncate_at) & policy.mask
     lengths = response_moments(sampler, policy.mask.double().sum(1)).mean
     share = response_moments(sampler, over.double().sum(1)).mean / lengths
     return response_moments(sampler, weights).variance.item(), share.item()
