@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -114,22 +115,19 @@ def _print(record: dict[str, Any], console: Console) -> None:
         ("Configurations of the field, by name", record["configurations"], True),
     ):
         for sampling in ("on", "off"):
-            table = Table(title=f"{title} · sampling {sampling}", title_justify="left")
-            if named:
-                table.add_column("configuration")
-            table.add_column("estimator")
-            table.add_column("placement")
+            table = Table(title=f"{title} · sampling {sampling}", title_justify="left", box=SIMPLE)
+            table.add_column("configuration" if named else "estimator · placement", min_width=24)
             for key, label in COLUMNS.items():
                 side = "value" if key.startswith("value") else "gradient"
-                table.add_column(f"{side}\n{label}", justify="right")
+                table.add_column(f"{side}\n{label}", justify="right", no_wrap=True)
             for row in rows:
                 if row["sampling"] == sampling:
                     cells = [
                         Text(formatted(row, key), verdict(row, key, record["exact_kl"]))
                         for key in COLUMNS
                     ]
-                    start = [row["name"]] if named else []
-                    table.add_row(*start, row["estimator"], row["placement"], *cells)
+                    what = row["name"] if named else f"{row['estimator']} · {row['placement']}"
+                    table.add_row(what, *cells)
             console.print(table)
     console.print(
         "[green]green[/]: exact. [yellow]yellow[/]: off by less than 25%. [red]red[/]: by more. "
