@@ -34,6 +34,8 @@ from rlkl.kl import (
 MAX_RESPONSES = 2000
 TOLERANCE = 1e-9
 """Relative errors below it are rounding."""
+HT_DRAWS = 8
+"""Responses in one Horvitz-Thompson estimate."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,8 @@ def audit(models: Models, *, top_k: int = 2, truncate_at: float = 1.5) -> dict[s
                 (off, "off", plain_terms(top_k) + weighted_terms(truncate_at)),
             )
             for row in _rows(terms, which, sampling, exact, gradient)
-        ],
+        ]
+        + [_horvitz_thompson(models, HT_DRAWS)],
         "configurations": [
             {"name": name, **row, "note": term.note, "source": term.source}
             for which, sampling in ((on, "on"), (off, "off"))
@@ -181,6 +184,33 @@ def measure(term: Term, models: Models, exact: Tensor, gradient: Tensor) -> dict
     return result
 
 
+def _horvitz_thompson(models: Models, draws: int) -> dict[str, Any]:
+    """The row of ht: draws times the variance of the estimate from as many responses.
+
+    With p_y drawn = 1 - (1 - π(y))^m the probability that y is among them, the variance is that of
+    a sum over y of 1[y drawn] π(y) U(y) / p_y, whose indicators are not independent.
+    """
+    prob = models.policy.response_logp().exp()
+    possible = prob > 0
+    prob, absent = prob[possible], (1 - prob[possible]) ** draws
+    log_ratio = (models.policy.response_logp() - models.ref.response_logp())[possible]
+    drawn = 1 - absent
+    neither = (1 - prob[:, None] - prob).clamp(min=0) ** draws
+    both = 1 - absent[:, None] - absent + neither
+    both = torch.where(torch.eye(len(prob), dtype=torch.bool), drawn, both)
+    term = prob * log_ratio / drawn
+    variance = term @ (both - drawn[:, None] * drawn) @ term
+    none = dict.fromkeys(("grad_rel_err", "grad_cos", "grad_var"))
+    return {
+        "estimator": f"ht, {draws} draws",
+        "placement": "value only",
+        "sampling": "on",
+        "value_bias": (drawn @ term - exact_kl(models.policy, models.ref)).item(),
+        "value_var": (draws * variance).item(),
+        **none,
+    }
+
+
 def _rows(
     terms: list[Term], models: Models, sampling: str, exact: Tensor, gradient: Tensor
 ) -> list[dict[str, Any]]:
@@ -199,9 +229,9 @@ def _weights(models: Models, truncate_at: float) -> tuple[float, float]:
     """Variance of π(y)/μ(y) under μ, and the expected share of tokens with W_t > c."""
     policy, sampler = models.policy, models.sampler
     index = policy.tokens.unsqueeze(-1)
-    logps = [lm.policy_logp().gather(-1, index).squeeze(-1) for lm in (policy, sampler)]
-    weights = response_weights(*logps, policy.mask)
-    over = (prefix_weights(*logps, policy.mask) > truncate_at) & policy.mask
+    logp, sampled = (lm.policy_logp().gather(-1, index).squeeze(-1) for lm in (policy, sampler))
+    weights = response_weights(logp, sampled, policy.mask)
+    over = (prefix_weights(logp, sampled, policy.mask) > truncate_at) & policy.mask
     lengths = response_moments(sampler, policy.mask.double().sum(1)).mean
     share = response_moments(sampler, over.double().sum(1)).mean / lengths
     return response_moments(sampler, weights).variance.item(), share.item()

@@ -136,7 +136,7 @@ def _scatter(record: dict[str, Any]) -> str:
         if row["sampling"] == "on" and row["grad_rel_err"] is not None:
             place = (round(row["grad_var"], 6), round(row["grad_rel_err"], 6))
             points.setdefault(place, []).append(f"{row['estimator']} · {row['placement']}")
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
     axes = figure.subplots()
     for i, ((variance, error), names) in enumerate(sorted(points.items())):
         colour = "#1a7f37" if error < EXACT else "#cf222e" if error > CLOSE else "#9a6700"
@@ -144,7 +144,7 @@ def _scatter(record: dict[str, Any]) -> str:
         axes.annotate(
             "\n".join(names),
             (variance, error),
-            (5, (4, -10)[i % 2]),
+            (5, (4, -10, 12)[i % 3]),
             textcoords="offset points",
             fontsize=8,
         )

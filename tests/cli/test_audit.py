@@ -65,7 +65,7 @@ def test_models_of_the_users_own(run, tmp_path):
     ("words", "message"),
     [
         (["--vocab", "20", "--length", "9"], "would be listed"),
-        (["--vocab", "x"], "x"),
+        (["--vocab", "x"], "--vocab"),
         (["--truncate-at", "0.1"], "truncate_at is 0.1"),
         (["--top-k", "0"], "k is 0"),
         (["--eos", "7"], "eos is 7"),

@@ -1,16 +1,19 @@
 """The audit's figures against what the tests of rlkl.kl prove, and its page."""
 
+import itertools
 import re
 
 import pytest
 import torch
 
-from rlkl.evaluation.audit import audit, models_from_json, random_models
+from rlkl.evaluation.audit import HT_DRAWS, audit, models_from_json, random_models
 from rlkl.evaluation.audit_page import audit_page, formatted, verdict
 from rlkl.kl import (
+    ResponseStatistics,
     TabularLM,
     exact_kl,
     get_estimator,
+    get_response_estimator,
     gradient_moments,
     value_moments,
 )
@@ -77,6 +80,22 @@ def test_off_policy_only_prefix_weights_stay_exact(record):
             assert exact == (r["placement"] == "both, prefix")
     assert 0 < record["ess_fraction"] < 1
     assert 0 < record["truncated_fraction"] < 1
+
+
+def test_horvitz_thompson_has_the_moments_of_all_ways_to_draw():
+    models = random_models(2, 2, eos=1)
+    prob = models.policy.response_logp().exp()
+    log_ratio = models.policy.response_logp() - models.ref.response_logp()
+    zeros = torch.zeros_like(prob)
+    ht, moments = get_response_estimator("ht"), torch.zeros(2)
+    for draws in itertools.product(range(len(prob)), repeat=HT_DRAWS):
+        index = torch.tensor(draws)
+        drawn = [x[index] for x in (log_ratio, zeros, zeros, zeros[:, None], prob.log())]
+        estimate = ht(ResponseStatistics(*drawn), index).mean()
+        moments = moments + prob[index].prod() * torch.stack([estimate, estimate**2])
+    (row,) = (r for r in audit(models)["rows"] if r["estimator"].startswith("ht"))
+    assert row["value_bias"] == pytest.approx(0, abs=1e-12)
+    assert row["value_var"] == pytest.approx(HT_DRAWS * (moments[1] - moments[0] ** 2).item())
 
 
 EXACT_ON = {
