@@ -9,6 +9,7 @@ from rlkl.models.language_model import (
     position_ids,
     response_hidden,
 )
+from rlkl.models.pair import ModelPair, Side, load_pair
 from rlkl.models.reference import frozen_copy, reference_model
 from rlkl.models.tokenizers import check_same_tokenizer, load_tokenizer
 
@@ -16,10 +17,13 @@ __all__ = [
     "EMBEDDED_LM",
     "Critic",
     "LinearHead",
+    "ModelPair",
+    "Side",
     "check_same_tokenizer",
     "frozen_copy",
     "linear_head",
     "load_causal_lm",
+    "load_pair",
     "load_tokenizer",
     "position_ids",
     "reference_model",
