@@ -1,13 +1,11 @@
 """Batches of measured responses in, running sums out: nothing of it grows with their number."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from rlkl.evaluation.kl_estimate.controls import add_fitted_control
 from rlkl.evaluation.kl_estimate.draws import Draws
 from rlkl.evaluation.kl_estimate.measure import Measured
 from rlkl.evaluation.kl_estimate.report import Estimate, Profile
@@ -101,18 +99,11 @@ class Accumulator:
 
     def estimates(self) -> dict[str, Estimate]:
         """Every estimator's answer so far."""
-        sums, counts = self.sums, self.sums["n"]
+        sums = self.sums
         results = {
             name: self._estimate(sums[f"sum_{name}"], unbiased, name)
             for name, unbiased in [*_token_level(), ("cv", True)]
         }
-        fitted = {
-            "cv_fitted": (sums["sum_k1"], sums["ref_over_policy"]),
-            "mcv": (sums["sum_rb"], sums["martingale"]),
-        }
-        for name, (base, control) in fitted.items():
-            total = add_fitted_control(base, control, counts, self.units)
-            results[name] = self._estimate(total, True, None)
         return results
 
     def interval(self, name: str) -> Interval:
@@ -149,6 +140,11 @@ class Accumulator:
             sampled_half_width=sampled.half_width.tolist(),
             responses=(size.sum(0) / size[:, 0].sum()).tolist(),
         )
+
+    @property
+    def used_units(self) -> int:
+        """Units with at least one response."""
+        return int((self.sums["n"] > 0).sum())
 
     @property
     def ess(self) -> float:

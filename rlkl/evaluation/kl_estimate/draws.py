@@ -1,4 +1,4 @@
-"""Where the responses come from: sampled here, batch by batch, without end."""
+"""Where the responses come from: sampled here, batch by batch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,9 +27,7 @@ class Draws:
 
 def context_length(pair: ModelPair) -> int | None:
     """Positions of the shorter of the two models; None where neither names a limit."""
-    limits = [
-        getattr(model.config, "max_position_embeddings", None) for model in pair.modules()
-    ]
+    limits = [getattr(model.config, "max_position_embeddings", None) for model in pair.modules()]
     return min((limit for limit in limits if limit is not None), default=None)
 
 
@@ -41,28 +39,28 @@ def sampled(
     temperature: float,
     seed: int,
     batch_size: int,
+    limit: int,
 ) -> Iterator[Draws]:
     """Responses of the policy, one to each prompt in an order shuffled by the seed, and again.
 
     Shuffled, so that fewer samples than prompts are a random draw of the prompts and not the head
-    of a sorted file. Endless: the caller says when there are enough.
+    of a sorted file. At most `limit` responses; the caller may stop before.
 
     Raises:
         ValueError: no prompts, an empty prompt, or a prompt that leaves no room for the response.
     """
     _, mask = encode_prompts(pair.tokenizer, prompts)
-    limit, longest = context_length(pair), int(mask.sum(1).max())
-    if limit is not None and longest + max_new_tokens > limit:
+    positions, longest = context_length(pair), int(mask.sum(1).max())
+    if positions is not None and longest + max_new_tokens > positions:
         raise ValueError(
             f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, but "
-            f"the models take {limit} in all: shorten the prompts or lower max_new_tokens"
+            f"the models take {positions} in all: shorten the prompts or lower max_new_tokens"
         )
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
 
     def batches() -> Iterator[Draws]:
-        drawn = 0
-        while True:
-            number = torch.arange(drawn, drawn + batch_size)
+        for drawn in range(0, limit, batch_size):
+            number = torch.arange(drawn, min(drawn + batch_size, limit))
             prompt = order[number % len(prompts)]
             with pair.policy.active() as model:
                 device = next(model.parameters()).device
@@ -76,7 +74,6 @@ def sampled(
                     batch_size=batch_size,
                 )
             yield Draws(responses, prompt, number // len(prompts))
-            drawn += batch_size
 
     return batches()
 

@@ -1,7 +1,6 @@
 """The records that an estimate of the KL ends in, and their form in JSON."""
 
-import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rlkl.evaluation.kl_estimate.units import Estimand
@@ -17,7 +16,7 @@ KIND = {
     "cv_fitted": "the same, its weight fitted",
     "ht": "over distinct responses",
     "mcv": "rb with fitted control variate",
-    "mcv_position": "the same, one weight per position",
+    "mcv_positions": "the same, one weight per position",
 }
 """What each estimator is, in a few words for a table."""
 
@@ -43,16 +42,10 @@ class Estimate:
     exists only for all responses together."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON: what is infinite becomes null."""
-        return {
-            "nats_per_response": _finite(self.nats_per_response),
-            "stderr": _finite(self.stderr),
-            "ci95": [_finite(x) for x in self.ci95],
-            "nats_per_token": _finite(self.nats_per_token),
-            "nats_per_token_stderr": _finite(self.nats_per_token_stderr),
-            "n": self.n,
-            "unbiased": self.unbiased,
-        }
+        """As JSON; the share of negative estimates has a key of its own in the report."""
+        record = asdict(self)
+        del record["negative_fraction"]
+        return record
 
 
 @dataclass(frozen=True)
@@ -68,16 +61,6 @@ class Profile:
     sampled_half_width: list[float]
     responses: list[float]
     """Share of responses that reach the position."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
-        return {
-            "nats": [_finite(x) for x in self.kl],
-            "half_width": [_finite(x) for x in self.half_width],
-            "k1": [_finite(x) for x in self.sampled],
-            "k1_half_width": [_finite(x) for x in self.sampled_half_width],
-            "responses": self.responses,
-        }
 
 
 @dataclass(frozen=True)
@@ -210,20 +193,8 @@ class KLReport:
             "temperature": self.temperature,
             "seed": self.seed,
             "interrupted": self.interrupted,
-            "profile": self.profile.to_dict(),
-            "top_tokens": [vars(t) for t in self.top_tokens],
-            "contexts": [
-                {
-                    "text": c.text,
-                    "nats": _finite(c.kl),
-                    "policy_top": [vars(t) for t in c.policy_top],
-                    "ref_top": [vars(t) for t in c.ref_top],
-                }
-                for c in self.contexts
-            ],
+            "profile": asdict(self.profile),
+            "top_tokens": [asdict(token) for token in self.top_tokens],
+            "contexts": [asdict(context) for context in self.contexts],
             "notes": list(self.notes),
         }
-
-
-def _finite(x: float) -> float | None:
-    return x if math.isfinite(x) else None
