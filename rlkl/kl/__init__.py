@@ -7,7 +7,7 @@ quantities from hidden states, without the logits).
 """
 
 from rlkl.kl.coefficient import AdaptiveKLCoefficient, FixedKLCoefficient, KLCoefficient
-from rlkl.kl.divergences import forward_kl, jensen_shannon, reverse_kl
+from rlkl.kl.divergences import forward_kl, jensen_shannon, reverse_kl, reverse_kl_terms
 from rlkl.kl.estimators import (
     ESTIMATORS,
     Claims,
@@ -69,6 +69,7 @@ __all__ = [
     "mean_and_stderr",
     "per_token_mean_and_stderr",
     "reverse_kl",
+    "reverse_kl_terms",
     "sequence_kl",
     "surrogate_moments",
     "value_moments",

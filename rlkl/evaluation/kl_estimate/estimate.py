@@ -24,6 +24,7 @@ from rlkl.models import ModelPair
 
 _KEPT_SAMPLES = 8
 _TOP_TOKENS = 20
+_TRUSTED_ESS = 0.1
 _MIN_SAMPLES = 64
 """Before this many responses a standard error is too rough to stop by."""
 
@@ -214,6 +215,12 @@ class KLEstimation:
                 f"{totals.truncated / totals.n:.0%} of the responses were cut at "
                 f"{sampling.max_new_tokens} tokens: the KL is that of the first "
                 f"{sampling.max_new_tokens} tokens."
+            )
+        if self.accumulator.ess_ref < _TRUSTED_ESS * totals.n:
+            notes.append(
+                f"cv rests on the weights q(y)/π(y), whose effective sample size is "
+                f"{self.accumulator.ess_ref:.0f} of {totals.n}: the few responses that would "
+                "matter most are hardly ever drawn, and its error is larger than it says."
             )
         target = sampling.target_stderr
         if target is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from rlkl.kl import ESTIMATORS, SampledEstimator
+from rlkl.kl import ESTIMATORS, RaoBlackwellEstimator, SampledEstimator, reverse_kl_terms
 from rlkl.models import LinearHead, ModelPair, linear_head, response_hidden
 from rlkl.rollout import Responses, scatter_tokens
 
@@ -53,9 +53,8 @@ class Context:
 class VocabularySums:
     """Which tokens the KL comes from: sums over all visited prefixes, one number per token.
 
-    The share of token v in D_KL(π ‖ q) at a prefix is π_v log(π_v / q_v) - π_v + q_v: it is never
-    negative, whether the policy has raised v or lowered it, and the shares sum to D_t, since
-    Σ_v (π_v - q_v) = 0.
+    The share of a token is that of `rlkl.kl.reverse_kl_terms`: never negative, whether the policy
+    has raised the token or lowered it, and together they are D_t.
     """
 
     def __init__(self, contexts: int = 10) -> None:
@@ -66,21 +65,20 @@ class VocabularySums:
         self._contexts: list[Context] = []
         self._limit, self._order = contexts, itertools.count()
 
-    def add(self, policy_logp: Tensor, ref_logp: Tensor, weight: Tensor | None) -> None:
-        """Adds the distributions [n, V] at n prefixes, each times its weight [n]."""
-        p, q = policy_logp.exp(), ref_logp.exp()
-        gap = policy_logp - ref_logp
-        # Near gap 0 nothing cancels; far below it expm1(-gap) could overflow.
-        near = p * (gap + torch.expm1(-gap))
-        share = torch.where(p > 0, torch.where(gap.abs() < 1, near, p * gap + (q - p)), q)
-        if weight is not None:
-            share, p, q = (x * weight[:, None].to(x.dtype) for x in (share, p, q))
-        sums = [x.sum(0).double().cpu() for x in (share, p, q)]
+    def add(
+        self, terms: Tensor, policy_logp: Tensor, ref_logp: Tensor, weight: Tensor | None
+    ) -> None:
+        """Adds `reverse_kl_terms` and the distributions [n, V] at n prefixes, times weight [n]."""
+        rows = (terms, policy_logp.exp(), ref_logp.exp())
+        if weight is None:
+            sums = [x.sum(0).double().cpu() for x in rows]
+        else:
+            sums = [(weight.to(x.dtype) @ x).double().cpu() for x in rows]
         before = (self.contribution, self.policy, self.ref)
         self.contribution, self.policy, self.ref = (
             new if old is None else old + new for old, new in zip(before, sums, strict=True)
         )
-        self.tokens += len(p)
+        self.tokens += len(terms)
 
     def offer_contexts(
         self, kl: Tensor, policy_logp: Tensor, ref_logp: Tensor, prefix_text
@@ -159,17 +157,21 @@ def measure(
         token_logp = [
             x.gather(-1, y[:, None]).squeeze(-1).double() for x in (policy_logp, ref_logp)
         ]
+        terms = reverse_kl_terms(policy_logp, ref_logp)
         k = {"policy_logp": token_logp[0], "ref_logp": token_logp[1]}
         for name, estimator in ESTIMATORS.items():
             if isinstance(estimator, SampledEstimator):
                 k[name] = estimator.from_token_logp(*token_logp)
+            elif isinstance(estimator, RaoBlackwellEstimator):
+                k[name] = terms.sum(-1).double()
             else:
                 real = torch.ones_like(y, dtype=torch.bool)[None]
                 k[name] = estimator(policy_logp[None], ref_logp[None], y[None], real)[0].double()
         for name in names:
             parts[name].append(k[name])
         if vocabulary is not None:
-            vocabulary.add(policy_logp, ref_logp, None if weight is None else weight[mask][chunk])
+            chunk_weight = None if weight is None else weight[mask][chunk]
+            vocabulary.add(terms, policy_logp, ref_logp, chunk_weight)
             vocabulary.offer_contexts(
                 k["rb"], policy_logp, ref_logp, lambda i, c=chunk: _prefix(pair, responses, c[i])
             )

@@ -3,10 +3,10 @@
 Responses to one prompt are not independent draws from the population of prompts: what is, is the
 prompt. So nothing is kept per response; each response is added to the sums of its unit u, and
 
-    R = Σ_u S_u / Σ_u X_u,        stderr² = Σ_u m/(m - 1) (e_u - x̄_u)² / (Σ_u X_u)²,   e_u = S_u - R X_u
+    R = Σ_u S_u / Σ_u X_u,   stderr² = Σ_u m/(m - 1) (e_u - ē_u)² / (Σ_u X_u)²,   e_u = S_u - R X_u
 
 (delta method for a ratio of sums; X counts responses for nats per response, tokens for nats per
-token). Which units, and around what they vary, depends on the estimand:
+token; m units vary together around ē). Which units, and around what, depends on the estimand:
 
     population      mean over the population that the prompts were drawn from. Units are prompts;
                     deviations are from R. Covers the draw of the prompts as well as of the
