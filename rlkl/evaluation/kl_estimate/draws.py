@@ -1,7 +1,8 @@
-"""Where the responses come from: sampled here, batch by batch."""
+"""Where responses come from: sampled here, batch by batch, or read from a file."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,66 +21,92 @@ class Draws:
     repetition: Tensor
     """[B] how many responses to that prompt came before."""
     sampler_logp: Tensor | None = None
-    """[B, T] log-probability of each token under the sampler; None: the policy sampled."""
-    sampler_sequence_logp: Tensor | None = None
-    """[B] the same of the whole response, where that is all there is."""
+    """[B, T] log-probability of each token under the sampler; None: the policy sampled, or only
+    the whole response's is known."""
+    sampler_response_logp: Tensor | None = None
+    """[B] that of the whole response, where that is all there is."""
 
 
-def context_length(pair: ModelPair) -> int | None:
-    """Positions of the shorter of the two models; None where neither names a limit."""
-    limits = [getattr(model.config, "max_position_embeddings", None) for model in pair.modules()]
-    return min((limit for limit in limits if limit is not None), default=None)
+class ResponseSource(Protocol):
+    """Something that gives responses, at most `limit` of them, to `num_prompts` prompts."""
+
+    num_prompts: int
+    limit: int
+    max_tokens: int
+    """Of a response."""
+    notes: tuple[str, ...]
+    """What a reader of the numbers has to know of them."""
+
+    def batches(self) -> Iterator[Draws]:
+        """The responses."""
+        ...
 
 
-def sampled(
-    pair: ModelPair,
-    prompts: list[str],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    batch_size: int,
-    limit: int,
-) -> Iterator[Draws]:
+def check_length(pair: ModelPair, longest: int, what: str) -> None:
+    """Refuses more tokens than the shorter of the two models has positions for.
+
+    Raises:
+        ValueError: it says by how much, and what to shorten.
+    """
+    limits = [
+        limit
+        for model in pair.modules()
+        if (limit := getattr(model.config, "max_position_embeddings", None)) is not None
+    ]
+    if limits and longest > min(limits):
+        raise ValueError(
+            f"{what} makes {longest} tokens, but the models take {min(limits)} in all: shorten it"
+        )
+
+
+class SampledResponses:
     """Responses of the policy, one to each prompt in an order shuffled by the seed, and again.
 
     Shuffled, so that fewer samples than prompts are a random draw of the prompts and not the head
-    of a sorted file. At most `limit` responses; the caller may stop before.
+    of a sorted file.
 
     Raises:
         ValueError: no prompts, an empty prompt, or a prompt that leaves no room for the response.
     """
-    _, mask = encode_prompts(pair.tokenizer, prompts)
-    positions, longest = context_length(pair), int(mask.sum(1).max())
-    if positions is not None and longest + max_new_tokens > positions:
-        raise ValueError(
-            f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, but "
-            f"the models take {positions} in all: shorten the prompts or lower max_new_tokens"
-        )
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
 
-    def batches() -> Iterator[Draws]:
-        for drawn in range(0, limit, batch_size):
-            number = torch.arange(drawn, min(drawn + batch_size, limit))
-            prompt = order[number % len(prompts)]
-            with pair.policy.active() as model:
+    notes: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        pair: ModelPair,
+        prompts: list[str],
+        *,
+        limit: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        batch_size: int,
+    ) -> None:
+        self.pair, self.prompts, self.limit, self.max_tokens = pair, prompts, limit, max_new_tokens
+        self.temperature, self.seed, self.batch_size = temperature, seed, batch_size
+        _, mask = encode_prompts(pair.tokenizer, prompts)
+        longest = int(mask.sum(1).max())
+        what = f"the longest prompt ({longest} tokens) with max_new_tokens={max_new_tokens}"
+        check_length(pair, longest + max_new_tokens, what)
+        self.num_prompts = min(len(prompts), limit)
+
+    def batches(self) -> Iterator[Draws]:
+        """Batches until the limit; each depends on the seed and its place, not on those before."""
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(self.prompts), generator=generator)
+        stream = int(torch.randint(2**31, (), generator=generator))
+        for drawn in range(0, self.limit, self.batch_size):
+            number = torch.arange(drawn, min(drawn + self.batch_size, self.limit))
+            prompt = number % len(order)
+            with self.pair.policy.active() as model:
                 device = next(model.parameters()).device
                 responses = sample_responses(
                     model,
-                    pair.tokenizer,
-                    [prompts[i] for i in prompt.tolist()],
-                    max_new_tokens,
-                    temperature=temperature,
-                    generator=_generator(device, seed, drawn),
-                    batch_size=batch_size,
+                    self.pair.tokenizer,
+                    [self.prompts[i] for i in order[prompt].tolist()],
+                    self.max_tokens,
+                    temperature=self.temperature,
+                    generator=torch.Generator(device=device).manual_seed((stream << 24) + drawn),
+                    batch_size=self.batch_size,
                 )
-            yield Draws(responses, prompt, number // len(prompts))
-
-    return batches()
-
-
-def _generator(device: torch.device, seed: int, drawn: int) -> torch.Generator:
-    """A stream of its own for each batch, so that a batch does not depend on those before it."""
-    sequence = torch.Generator().manual_seed(seed)
-    offset = int(torch.randint(2**31, (), generator=sequence))
-    return torch.Generator(device=device).manual_seed((offset << 24) + drawn)
+            yield Draws(responses, prompt, number // len(order))

@@ -137,7 +137,8 @@ def _nats(x: float) -> str:
 
 
 def _percent(x: float) -> str:
-    return f"{x:.1%}" if x >= 0.001 or x == 0 else f"{x:.1e}"
+    """Two digits of what is small, and no exponent."""
+    return f"{x:.1%}" if x >= 0.001 or x == 0 else f"{x:.2%}" if x >= 0.0001 else "<0.01%"
 
 
 def _heat(kl: float, scale: float) -> str:
