@@ -14,6 +14,10 @@ from rlkl.cli.kl_tables import print_report, progress_bar
 
 if TYPE_CHECKING:
     from rlkl.evaluation.kl_estimate import KLEstimation, KLReport
+    from rlkl.evaluation.kl_estimate.draws import ResponseSource
+    from rlkl.models import ModelPair
+
+DEFAULT_SAMPLES = 256
 
 
 def kl(
@@ -65,6 +69,17 @@ def kl(
             "mean over exactly these prompts (needs two responses to each)."
         ),
     ] = "population",
+    completions: Annotated[
+        str | None,
+        typer.Option(
+            help="Replay: jsonl of prompt and completion (text, or prompt_ids and completion_ids), "
+            "with logprobs or logprob of the sampler if known. Nothing is sampled then."
+        ),
+    ] = None,
+    truncate_at: Annotated[
+        float | None,
+        typer.Option(help="With log-probs: cut importance weights here. Default: not at all."),
+    ] = None,
     both: Annotated[bool, typer.Option("--both", help="The other direction as well.")] = False,
     seed: Annotated[int, typer.Option(help="Of the order of the prompts and of the draws.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Responses at once.")] = 64,
@@ -89,38 +104,61 @@ def kl(
     \b
     Example:
       rlkl kl --policy runs/final/policy --ref embedded --max-new-tokens 24 --html kl.html
-      rlkl kl --policy my-org/chat-dpo --ref my-org/chat --prompts prompts.jsonl --target-stderr 0.1
+      rlkl kl --policy org/chat-dpo --ref org/chat --prompts prompts.jsonl --target-stderr 0.1
+      rlkl kl --policy org/chat-dpo --ref org/chat --completions sampled.jsonl --json -
     """
     _refuse_filters({"--top-k": top_k, "--top-p": top_p, "--min-p": min_p})
     console = Console(stderr=json == "-")
     with refusing_bad_input():
-        from rlkl.evaluation.kl_estimate import Estimand, KLEstimation, Sampling
+        from rlkl.evaluation.kl_estimate import Estimand, KLEstimation, Settings
 
-        texts = _load_prompts(prompts, prompt_column)
-        if num_samples is not None and samples_per_prompt is not None:
-            fail("--num-samples and --samples-per-prompt exclude each other")
-        if samples_per_prompt is not None:
-            num_samples = samples_per_prompt * len(texts)
         if estimand not in list(Estimand):
             fail(f"--estimand {estimand}: use one of {', '.join(Estimand)}")
-        sampling = Sampling(
-            num_samples=256 if num_samples is None else num_samples,
-            max_new_tokens=max_new_tokens,
+        settings = Settings(
             temperature=temperature,
-            seed=seed,
-            batch_size=batch_size,
             target_stderr=target_stderr,
-            max_samples=max_samples,
+            min_samples=DEFAULT_SAMPLES if num_samples is None else num_samples,
             headline=estimator,
             estimand=Estimand(estimand),
+            truncate_at=truncate_at,
         )
         _check_writable(json, html)
+        if completions is None:
+            texts = _load_prompts(prompts, prompt_column)
+            number = _number_of_samples(num_samples, samples_per_prompt, len(texts))
+            limit = number if target_stderr is None else max(number, max_samples)
+        else:
+            _refuse_beside_completions(
+                {
+                    "--prompts": prompts,
+                    "--prompt-tokens": prompt_tokens,
+                    "--num-samples": num_samples,
+                    "--samples-per-prompt": samples_per_prompt,
+                    "--target-stderr": target_stderr,
+                    "--both": both or None,
+                }
+            )
         pair = _load_models(policy, ref, dtype, device)
-        if prompt_tokens is not None:
-            texts = _first_tokens(pair.tokenizer, texts, prompt_tokens)
-        directions = [KLEstimation(pair, texts, sampling, (policy, ref))]
+
+        def responses(pair: "ModelPair") -> "ResponseSource":
+            from rlkl.evaluation.kl_estimate import ReplayedResponses, SampledResponses
+
+            if completions is not None:
+                return ReplayedResponses(pair, completions, batch_size=batch_size)
+            return SampledResponses(
+                pair,
+                _first_tokens(pair.tokenizer, texts, prompt_tokens),
+                limit=limit,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                batch_size=batch_size,
+            )
+
+        directions = [KLEstimation(pair, responses(pair), settings, (policy, ref))]
         if both:
-            directions.append(KLEstimation(pair.swapped(), texts, sampling, (ref, policy)))
+            other = pair.swapped()
+            directions.append(KLEstimation(other, responses(other), settings, (ref, policy)))
     reports = []
     with ctrl_c_ends_the_sampling() as stopped:
         for estimation in directions:
@@ -134,7 +172,7 @@ def kl(
     if not reports:
         fail("stopped before the first batch was done: there is nothing to report")
     if json is not None:
-        write_json(_record(reports), json)
+        write_json({"seed": seed, **_record(reports)}, json)
     if html is not None:
         from rlkl.evaluation.kl_estimate.page import write_page
 
@@ -184,11 +222,27 @@ def _dtypes(torch: Any) -> list[Any]:
     return [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-def _first_tokens(tokenizer: Any, texts: list[str], count: int) -> list[str]:
+def _first_tokens(tokenizer: Any, texts: list[str], count: int | None) -> list[str]:
+    if count is None:
+        return texts
     if count < 1:
         fail(f"--prompt-tokens {count}: must be at least 1")
     rows = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=count)
     return tokenizer.batch_decode(rows["input_ids"])
+
+
+def _number_of_samples(whole: int | None, per_prompt: int | None, prompts: int) -> int:
+    if whole is not None and per_prompt is not None:
+        fail("--num-samples and --samples-per-prompt exclude each other")
+    if per_prompt is not None:
+        return per_prompt * prompts
+    return DEFAULT_SAMPLES if whole is None else whole
+
+
+def _refuse_beside_completions(given: dict[str, Any]) -> None:
+    for name, value in given.items():
+        if value is not None:
+            fail(f"{name} has no meaning beside --completions: nothing is sampled")
 
 
 def _check_writable(*targets: str | None) -> None:

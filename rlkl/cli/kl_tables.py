@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @contextmanager
 def progress_bar(estimation: "KLEstimation") -> Iterator[Callable[[bool], None]]:
     """A bar of the responses done, with the estimate so far; gives what to call after a batch."""
-    sampling = estimation.sampling
+    settings = estimation.settings
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -27,13 +27,13 @@ def progress_bar(estimation: "KLEstimation") -> Iterator[Callable[[bool], None]]
         console=Console(stderr=True),
         transient=True,
     )
-    task = progress.add_task("responses", total=sampling.limit, so_far="")
+    task = progress.add_task("responses", total=estimation.source.limit, so_far="")
 
     def show(stopping: bool) -> None:
-        so_far = estimation.accumulator.interval(sampling.headline)
-        text = f"{sampling.headline} {so_far.mean:.4g} ± {so_far.half_width:.2g} nats"
-        if sampling.target_stderr is not None:
-            text += f" (stderr {so_far.stderr:.2g}, wanted {sampling.target_stderr:g})"
+        so_far = estimation.accumulator.interval(settings.headline)
+        text = f"{settings.headline} {so_far.mean:.4g} ± {so_far.half_width:.2g} nats"
+        if settings.target_stderr is not None:
+            text += f" (stderr {so_far.stderr:.2g}, wanted {settings.target_stderr:g})"
         if stopping:
             text += ", stopping"
         progress.update(task, completed=estimation.n, so_far=text)
@@ -55,7 +55,7 @@ def print_report(console: Console, report: "KLReport") -> None:
     )
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("estimator", no_wrap=True)
-    for name in ("nats/response", "stderr", "95% interval", "÷ k1's", "nats/token", "< 0"):
+    for name in ("nats", "stderr", "95% interval", "÷ k1", "per token", "< 0"):
         table.add_column(name, justify="right", no_wrap=True)
     wide = console.width >= 110
     if wide:
@@ -64,7 +64,7 @@ def print_report(console: Console, report: "KLReport") -> None:
     for name, e in report.estimators.items():
         share = "" if e.negative_fraction is None else f"{e.negative_fraction:.0%}"
         relative = f"{e.stderr / of_k1:.2f}" if 0 < of_k1 < math.inf else ""
-        label = name if e.unbiased else f"{name} (biased)"
+        label = name if e.unbiased else f"{name} *"
         table.add_row(
             f"[bold]{label}[/bold]" if name == report.headline else label,
             f"{e.nats_per_response:.5g}",
@@ -76,10 +76,11 @@ def print_report(console: Console, report: "KLReport") -> None:
             *([KIND.get(name, "")] if wide else []),
         )
     console.print(table, highlight=False)
+    console.print("[dim]* biased: shown for comparison[/dim]")
     console.print(
         f"{report.n} responses to {report.prompts} prompts, {report.tokens} tokens, "
-        f"{report.truncated_fraction:.0%} cut at {report.max_new_tokens}; temperature "
-        f"{report.temperature:g}, seed {report.seed}; effective sample size {report.ess:.0f} for "
+        f"{report.truncated_fraction:.0%} cut at {report.max_tokens}; temperature "
+        f"{report.temperature:g}; effective sample size {report.ess:.0f} for "
         f"the policy, {report.ess_ref:.0f} for the reference; {report.seconds:.1f} s, of which "
         f"{report.sampling_seconds:.1f} s sampling.",
         highlight=False,

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import torch
 
-from rlkl.evaluation.kl_estimate.draws import Draws, check_length
+from rlkl.evaluation.kl_estimate.draws import Draws, check_length, check_positive
 from rlkl.models import ModelPair
 from rlkl.rollout import Responses, encode_prompts
 
@@ -59,6 +59,7 @@ class ReplayedResponses:
     """
 
     def __init__(self, pair: ModelPair, path: str | Path, *, batch_size: int) -> None:
+        check_positive(batch_size=batch_size)
         self.pair, self.path, self.batch_size = pair, Path(path), batch_size
         if not self.path.is_file():
             raise FileNotFoundError(f"no such file of completions: {path}")
@@ -235,9 +236,7 @@ def _number(value: Any, name: str) -> float:
     return float(value)
 
 
-def _padded(
-    rows: list[list[int]], pad: int, *, left: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(rows: list[list[int]], pad: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), pad)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)

@@ -42,6 +42,13 @@ class ResponseSource(Protocol):
         ...
 
 
+def check_positive(**numbers: int) -> None:
+    """Refuses numbers below 1, by name."""
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"{name}={number}: must be at least 1")
+
+
 def check_length(pair: ModelPair, longest: int, what: str) -> None:
     """Refuses more tokens than the shorter of the two models has positions for.
 
@@ -66,10 +73,9 @@ class SampledResponses:
     of a sorted file.
 
     Raises:
-        ValueError: no prompts, an empty prompt, or a prompt that leaves no room for the response.
+        ValueError: no prompts, an empty prompt, a prompt that leaves no room for the response, or a
+            number below 1.
     """
-
-    notes: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -82,6 +88,7 @@ class SampledResponses:
         seed: int,
         batch_size: int,
     ) -> None:
+        check_positive(limit=limit, max_new_tokens=max_new_tokens, batch_size=batch_size)
         self.pair, self.prompts, self.limit, self.max_tokens = pair, prompts, limit, max_new_tokens
         self.temperature, self.seed, self.batch_size = temperature, seed, batch_size
         _, mask = encode_prompts(pair.tokenizer, prompts)
@@ -89,6 +96,10 @@ class SampledResponses:
         what = f"the longest prompt ({longest} tokens) with max_new_tokens={max_new_tokens}"
         check_length(pair, longest + max_new_tokens, what)
         self.num_prompts = min(len(prompts), limit)
+        self.notes = (
+            f"The KL is that of the first {max_new_tokens} tokens of a response; what would come "
+            "after them is not counted.",
+        )
 
     def batches(self) -> Iterator[Draws]:
         """Batches until the limit; each depends on the seed and its place, not on those before."""

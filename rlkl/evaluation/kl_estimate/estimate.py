@@ -1,14 +1,14 @@
 """The KL between two language models, estimated: sample, measure, add up, until there is enough."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlkl.evaluation.kl_estimate.accumulate import Accumulator, Weights
-from rlkl.evaluation.kl_estimate.draws import Draws, sampled
+from rlkl.evaluation.kl_estimate.draws import Draws, ResponseSource, SampledResponses
 from rlkl.evaluation.kl_estimate.measure import Context, Measured, VocabularySums, measure
 from rlkl.evaluation.kl_estimate.report import (
     KLReport,
@@ -25,45 +25,36 @@ from rlkl.models import ModelPair
 _KEPT_SAMPLES = 8
 _TOP_TOKENS = 20
 _TRUSTED_ESS = 0.1
+"""Below this share of the responses an effective sample size is worth a warning."""
 _MIN_SAMPLES = 64
 """Before this many responses a standard error is too rough to stop by."""
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How much is sampled, and how."""
+class Settings:
+    """What is estimated, and when it is enough."""
 
-    num_samples: int = 256
-    max_new_tokens: int = 64
     temperature: float = 1.0
-    seed: int = 0
-    batch_size: int = 64
+    """Part of both distributions."""
     target_stderr: float | None = None
-    """In nats per response: go on after `num_samples` until the headline's error is this small."""
-    max_samples: int = 65_536
-    """With `target_stderr`: stop here in any case."""
+    """In nats per response: stop once the headline's standard error is this small."""
+    min_samples: int = 256
+    """Not before that many responses."""
     headline: str = "rb"
+    """The token-level estimator to quote and to stop by."""
     estimand: Estimand = Estimand.POPULATION
+    truncate_at: float | None = None
+    """Largest importance weight of responses that another policy sampled; None: not cut."""
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "max_new_tokens", "batch_size", "max_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature}: must be positive and finite")
         if self.target_stderr is not None and not 0 < self.target_stderr < float("inf"):
             raise ValueError(f"target_stderr={self.target_stderr}: must be positive and finite")
-        if self.target_stderr is not None and self.max_samples < self.num_samples:
-            raise ValueError(
-                f"max_samples={self.max_samples} is less than num_samples={self.num_samples}"
-            )
+        if self.truncate_at is not None and not self.truncate_at >= 1:
+            raise ValueError(f"truncate_at={self.truncate_at}: must be at least 1")
         if self.headline not in ESTIMATORS:
             raise ValueError(f"headline={self.headline!r}: use one of {', '.join(ESTIMATORS)}")
-
-    @property
-    def limit(self) -> int:
-        """Responses that will be drawn at most."""
-        return self.num_samples if self.target_stderr is None else self.max_samples
 
 
 class KLEstimation:
@@ -76,31 +67,18 @@ class KLEstimation:
     def __init__(
         self,
         pair: ModelPair,
-        prompts: list[str],
-        sampling: Sampling,
+        source: ResponseSource,
+        settings: Settings,
         names: tuple[str, str] = ("policy", "ref"),
     ) -> None:
-        """Args: the models; prompts; how much to sample; what to call the models in the report.
-
-        Raises:
-            ValueError: prompts or settings that cannot be sampled.
-        """
-        self.pair, self.sampling, self.names = pair, sampling, names
-        used = min(len(prompts), sampling.limit)
-        self.accumulator = Accumulator(Units.of(used, sampling.estimand))
+        """Args: the models; their responses; settings; what to call the models in the report."""
+        self.pair, self.source, self.settings, self.names = pair, source, settings, names
+        units = Units.of(source.num_prompts, settings.estimand)
+        self.accumulator = Accumulator(units, source.max_tokens)
         self.vocabulary = VocabularySums()
         self.samples: list[Sample] = []
-        self.num_prompts, self.seconds, self.sampling_seconds = len(prompts), 0.0, 0.0
-        self._draws: Iterator[Draws] = sampled(
-            pair,
-            prompts,
-            max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            seed=sampling.seed,
-            batch_size=sampling.batch_size,
-            limit=sampling.limit,
-        )
-        self._finished = False
+        self.seconds = self.sampling_seconds = 0.0
+        self._batches = source.batches()
 
     @property
     def n(self) -> int:
@@ -110,20 +88,21 @@ class KLEstimation:
     @property
     def done(self) -> bool:
         """There is enough, or no more."""
-        if self._finished or self.n >= self.sampling.limit:
+        if self.n >= self.source.limit:
             return True
-        target = self.sampling.target_stderr
-        if target is None or self.n < max(self.sampling.num_samples, _MIN_SAMPLES):
+        target = self.settings.target_stderr
+        if target is None or self.n < max(self.settings.min_samples, _MIN_SAMPLES):
             return False
-        return float(self.accumulator.interval(self.sampling.headline).stderr) <= target
+        return float(self.accumulator.interval(self.settings.headline).stderr) <= target
 
     def step(self) -> None:
         """Draws, measures and adds one batch."""
         begin = time.perf_counter()
-        draws = next(self._draws)
+        draws = next(self._batches)
         drawn = time.perf_counter()
-        measured = measure(self.pair, draws.responses, self.sampling.temperature, self.vocabulary)
-        self.accumulator.add(draws, measured, Weights.ones(measured.mask))
+        measured = measure(self.pair, draws.responses, self.settings.temperature, self.vocabulary)
+        weights = Weights.of(draws, measured, self.settings.truncate_at)
+        self.accumulator.add(draws, measured, weights)
         self._keep_samples(draws, measured)
         self.sampling_seconds += drawn - begin
         self.seconds += time.perf_counter() - begin
@@ -153,32 +132,31 @@ class KLEstimation:
         """
         if self.n == 0:
             raise ValueError("there is no response yet: nothing to report")
-        totals, sampling = self.accumulator.totals, self.sampling
+        accumulator, totals = self.accumulator, self.accumulator.totals
         return KLReport(
             policy=self.names[0],
             ref=self.names[1],
-            estimators=self.accumulator.estimates(),
-            headline=sampling.headline,
+            estimators=accumulator.estimates(),
+            headline=self.settings.headline,
             n=totals.n,
-            prompts=min(self.num_prompts, totals.n),
+            prompts=min(self.source.num_prompts, totals.n),
             tokens=totals.tokens,
-            ess=self.accumulator.ess,
-            ess_ref=self.accumulator.ess_ref,
+            ess=accumulator.ess,
+            ess_ref=accumulator.ess_ref,
             truncated_fraction=totals.truncated / totals.n,
             truncated_weights=totals.cut_weights / totals.tokens,
             seconds=self.seconds,
             sampling_seconds=self.sampling_seconds,
-            estimand=self.accumulator.units.estimand,
-            units=self.accumulator.used_units,
-            max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            seed=sampling.seed,
+            estimand=accumulator.units.estimand,
+            units=accumulator.used_units,
+            max_tokens=self.source.max_tokens,
+            temperature=self.settings.temperature,
             interrupted=interrupted,
-            profile=self.accumulator.profile(),
+            profile=accumulator.profile(),
             top_tokens=self._top_tokens(),
             contexts=[self._context(context) for context in self.vocabulary.contexts],
             samples=self.samples,
-            notes=(*self.pair.notes, *self._notes()),
+            notes=(*self.pair.notes, *self.source.notes, *self._notes()),
         )
 
     def _top_tokens(self) -> list[TokenShare]:
@@ -209,27 +187,32 @@ class KLEstimation:
         return str(self.pair.tokenizer.decode([token_id]))
 
     def _notes(self) -> list[str]:
-        notes, totals, sampling = [], self.accumulator.totals, self.sampling
-        if totals.truncated:
+        notes, accumulator, totals = [], self.accumulator, self.accumulator.totals
+        if accumulator.ess_ref < _TRUSTED_ESS * totals.n:
             notes.append(
-                f"{totals.truncated / totals.n:.0%} of the responses were cut at "
-                f"{sampling.max_new_tokens} tokens: the KL is that of the first "
-                f"{sampling.max_new_tokens} tokens."
+                "cv rests on the weights q(y)/π(y), whose effective sample size is "
+                f"{accumulator.ess_ref:.0f} of {totals.n}: the few responses that would matter "
+                "most are hardly ever drawn, and its error is larger than it says."
             )
-        if self.accumulator.ess_ref < _TRUSTED_ESS * totals.n:
+        if accumulator.ess < _TRUSTED_ESS * totals.n:
             notes.append(
-                f"cv rests on the weights q(y)/π(y), whose effective sample size is "
-                f"{self.accumulator.ess_ref:.0f} of {totals.n}: the few responses that would "
-                "matter most are hardly ever drawn, and its error is larger than it says."
+                "The policy is far from the sampler: the effective sample size is "
+                f"{accumulator.ess:.0f} of {totals.n}, and errors are larger than they say. Sample "
+                "from the policy itself."
             )
-        target = sampling.target_stderr
+        if totals.cut_weights:
+            notes.append(
+                f"{totals.cut_weights / totals.tokens:.1%} of the importance weights were cut at "
+                f"{self.settings.truncate_at:g}, which biases the KL downwards."
+            )
+        target = self.settings.target_stderr
         if target is not None:
-            reached = float(self.accumulator.interval(sampling.headline).stderr)
+            reached = float(accumulator.interval(self.settings.headline).stderr)
             if reached > target:
                 notes.append(
                     f"The standard error is {reached:.2g}, not yet {target:g}, after {totals.n} "
                     "responses. Where more responses no longer help, the prompts themselves "
-                    "differ by that much: use more prompts, or the mean over the given prompts."
+                    "differ by that much: use more prompts, or estimand given_prompts."
                 )
         return notes
 
@@ -283,22 +266,27 @@ def estimate_kl(
         report = estimate_kl(policy, ref, tokenizer, prompts, num_samples=512)
         report.best.nats_per_response, report.best.ci95, report.estimators["k1"].stderr
     """
-    sampling = Sampling(
-        num_samples=num_samples,
+    pair = ModelPair.of(policy, ref_model, tokenizer)
+    settings = Settings(
+        temperature=temperature,
+        target_stderr=target_stderr,
+        min_samples=num_samples,
+        headline=headline,
+        estimand=Estimand(estimand),
+    )
+    source = SampledResponses(
+        pair,
+        prompts,
+        limit=num_samples if target_stderr is None else max(num_samples, max_samples),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
         batch_size=batch_size,
-        target_stderr=target_stderr,
-        max_samples=max_samples,
-        headline=headline,
-        estimand=Estimand(estimand),
     )
-    pair = ModelPair.of(policy, ref_model, tokenizer)
     training = [model.training for model in pair.modules()]
     for model in pair.modules():
         model.eval()
-    estimation = KLEstimation(pair, prompts, sampling)
+    estimation = KLEstimation(pair, source, settings)
     while not estimation.done:
         estimation.step()
         if on_batch is not None:

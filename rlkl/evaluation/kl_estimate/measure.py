@@ -65,15 +65,10 @@ class VocabularySums:
         self._contexts: list[Context] = []
         self._limit, self._order = contexts, itertools.count()
 
-    def add(
-        self, terms: Tensor, policy_logp: Tensor, ref_logp: Tensor, weight: Tensor | None
-    ) -> None:
-        """Adds `reverse_kl_terms` and the distributions [n, V] at n prefixes, times weight [n]."""
+    def add(self, terms: Tensor, policy_logp: Tensor, ref_logp: Tensor) -> None:
+        """Adds `reverse_kl_terms` and the distributions, [n, V] each, at n prefixes."""
         rows = (terms, policy_logp.exp(), ref_logp.exp())
-        if weight is None:
-            sums = [x.sum(0).double().cpu() for x in rows]
-        else:
-            sums = [(weight.to(x.dtype) @ x).double().cpu() for x in rows]
+        sums = [x.sum(0).double().cpu() for x in rows]
         before = (self.contribution, self.policy, self.ref)
         self.contribution, self.policy, self.ref = (
             new if old is None else old + new for old, new in zip(before, sums, strict=True)
@@ -126,7 +121,6 @@ def measure(
     responses: Responses,
     temperature: float,
     vocabulary: VocabularySums | None = None,
-    weight: Tensor | None = None,
 ) -> Measured:
     """Every token-level estimate at every response token; one pass of each trunk.
 
@@ -135,7 +129,6 @@ def measure(
         responses: what the policy sampled at `temperature`.
         temperature: all logits are divided by it.
         vocabulary: takes the sums over the vocabulary, if wanted.
-        weight: [B, T] of each prefix in those sums; None means 1.
     """
     mask = responses.mask
     ids, attention, length = responses.input_ids, responses.attention_mask, mask.shape[1]
@@ -170,8 +163,7 @@ def measure(
         for name in names:
             parts[name].append(k[name])
         if vocabulary is not None:
-            chunk_weight = None if weight is None else weight[mask][chunk]
-            vocabulary.add(terms, policy_logp, ref_logp, chunk_weight)
+            vocabulary.add(terms, policy_logp, ref_logp)
             vocabulary.offer_contexts(
                 k["rb"], policy_logp, ref_logp, lambda i, c=chunk: _prefix(pair, responses, c[i])
             )

@@ -10,8 +10,8 @@ KIND = {
     "k2": "half its square",
     "k3": "log-ratio with control variate, per token",
     "rb": "exact per token",
-    "topk": "exact head, sampled tail",
-    "topk_bucket": "exact head, tail as one bucket",
+    "topk": "exact for the 64 likeliest tokens, sampled beyond",
+    "topk_bucket": "64 likeliest tokens, the rest as one: a lower bound",
     "cv": "log-ratio with control variate, per response",
     "cv_fitted": "the same, its weight fitted",
     "ht": "over distinct responses",
@@ -150,9 +150,9 @@ class KLReport:
     estimand: Estimand
     units: int
     """Independent units behind each standard error."""
-    max_new_tokens: int
+    max_tokens: int
+    """Length limit of a response, or the longest in the file."""
     temperature: float
-    seed: int
     interrupted: bool
     profile: Profile
     top_tokens: list[TokenShare]
@@ -189,9 +189,8 @@ class KLReport:
             "sampling_seconds": self.sampling_seconds,
             "headline": self.headline,
             "estimand": str(self.estimand),
-            "max_new_tokens": self.max_new_tokens,
+            "max_tokens": self.max_tokens,
             "temperature": self.temperature,
-            "seed": self.seed,
             "interrupted": self.interrupted,
             "profile": asdict(self.profile),
             "top_tokens": [asdict(token) for token in self.top_tokens],
