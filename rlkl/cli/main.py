@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 import rlkl
+from rlkl.cli.audit import audit
 from rlkl.cli.errors import fail
 from rlkl.cli.kl import kl
 
@@ -14,6 +15,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("audit")(audit)
 
 
 def _print_version(wanted: bool) -> None:

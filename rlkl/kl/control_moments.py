@@ -1,7 +1,7 @@
 """Averages with control variates from additive moments: cross-fitted, streamed, with errors.
 
-The value of response i is x_i = A_i + Σ_p c_p C_ip, with E[C_i | prompt] = 0. Its coefficients c are
-fitted on folds that i is not in. Everything needed of the responses is additive:
+The value of response i is x_i = A_i + Σ_p c_p C_ip, with E[C_i | prompt] = 0. Its coefficients c
+are fitted on folds that i is not in. Everything needed of the responses is additive:
 
 - per fold, the Gram matrix Σ_i z_i z_iᵀ of z = (1, A, C): count, sums and cross-products. From the
   others' Gram matrices follow a fold's coefficients, from its own the sum and the square sum of x.
@@ -41,9 +41,9 @@ class ControlMoments:
         >>> for _ in range(2):  # the second batch is like the first, in the other fold
         ...     fold = torch.full((2,), int(moments.count) // 2)
         ...     moments.add(anchor, controls, fold=fold, prompt=torch.tensor([0, 1]))
-        >>> moments.estimate(moments.fit_others())  # A + 1·C is 2 for every response
-        ControlEstimate(mean=tensor(2., dtype=torch.float64), stderr=tensor(0., dtype=torch.float64), clustered_stderr=tensor(0., dtype=torch.float64), coefficients=tensor([[1.],
-                [1.]], dtype=torch.float64))
+        >>> estimate = moments.estimate(moments.fit_others())
+        >>> estimate.coefficients.tolist(), estimate.mean.item()  # A + 1·C is 2 for all
+        ([[1.0], [1.0]], 2.0)
     """
 
     responses: Float[Tensor, "K Z Z"]
@@ -121,7 +121,7 @@ class ControlMoments:
         n = self.responses[:, 0, 0].sum()
         if n == 0:
             raise ValueError("there is no response yet; add some before asking for their mean")
-        ones = torch.ones_like(coefficients[:, :1])
+        ones = self.responses.new_ones(len(coefficients), 1)
         weights = torch.cat([0 * ones, ones, coefficients], 1)  # x = weights · z
         mean = (self.responses[:, 0] * weights).sum() / n
         squares = torch.einsum("kz,kzy,ky->", weights, self.responses, weights)

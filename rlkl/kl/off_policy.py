@@ -33,9 +33,14 @@ References:
         2025), https://arxiv.org/abs/2512.21852
 """
 
+import math
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from rlkl.kl.placement import future_kl
 
 
 def token_ratios(
@@ -58,16 +63,18 @@ def prefix_weights(
     sampler_token_logp: Float[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
     *,
+    own_token: bool = False,
     truncate_at: float | None = None,
 ) -> Float[Tensor, "B T"]:
     """W_t = Π_{s<t} π(y_s|h_s) / μ(y_s|h_s), 1 at the first token; masked tokens count as ratio 1.
 
-    Differentiable in `policy_token_logp`, but for weights that are truncated: those are constant.
+    Differentiable in `policy_token_logp`: ∇W_t = W_t Σ_{s<t} g_s, truncated or not.
 
     Args:
         policy_token_logp: log π(y_t|h_t).
         sampler_token_logp: log μ(y_t|h_t) of the policy that sampled, at the sampling temperature.
         mask: True = response token.
+        own_token: W_{t+1} in place of W_t: the token's own ratio included.
         truncate_at: c of min(W_t, c); None does not truncate. It biases every mean it enters.
 
     Raises:
@@ -78,9 +85,10 @@ def prefix_weights(
         >>> prefix_weights(policy, sampler, torch.ones(1, 3, dtype=torch.bool))
         tensor([[1.0000, 0.5000, 0.6250]])
     """
-    through = _log_ratio(policy_token_logp, sampler_token_logp, mask).cumsum(1)
-    before = torch.nn.functional.pad(through[:, :-1], (1, 0))
-    return _truncate(before.exp(), truncate_at)
+    log_weights = _log_ratio(policy_token_logp, sampler_token_logp, mask).cumsum(1)
+    if not own_token:
+        log_weights = torch.nn.functional.pad(log_weights[:, :-1], (1, 0))
+    return _exp(log_weights, truncate_at)
 
 
 def response_weights(
@@ -101,7 +109,7 @@ def response_weights(
         tensor([0.6250])
     """
     log_ratio = _log_ratio(policy_token_logp, sampler_token_logp, mask)
-    return _truncate(log_ratio.sum(1).exp(), truncate_at)
+    return _exp(log_ratio.sum(1), truncate_at)
 
 
 def effective_sample_size(weights: Float[Tensor, " B"]) -> Float[Tensor, ""]:
@@ -143,23 +151,56 @@ def prefix_weighted_surrogate(
 
     With `own_token`, k depends on y_t and W includes r_t. Differentiates k *and* the weights: not a
     surrogate only, the value is the off-policy estimate of D_KL(policy ‖ ref) itself, in nats per
-    response. Unbiased in both, of the *sequence* KL, for every unbiased k whose tokens μ sampled
-    (rb: `own_token=False`). `own_token=False` of topk, whose gradient is complete in k, holds for
-    the gradient only with the token's own ratio as a constant weight: use rb.
+    response. Unbiased in both, of the *sequence* KL, for rb (`own_token=False`) and, with the
+    token's own ratio, for every unbiased function k of u_t (`own_token=True`).
 
     Raises:
         ValueError: `truncate_at` is below 1.
 
     Example:
-        >>> logp = torch.tensor([[0.2, 0.5]]).log()
+        >>> logp, sampler = torch.tensor([[0.2, 0.5]]).log(), torch.tensor([[0.4, 0.5]]).log()
         >>> k, mask = torch.tensor([[0.3, 0.2]]), torch.ones(1, 2, dtype=torch.bool)
-        >>> prefix_weighted_surrogate(k, logp, torch.tensor([[0.4, 0.5]]).log(), mask, own_token=False)
+        >>> prefix_weighted_surrogate(k, logp, sampler, mask, own_token=False)
         tensor([0.4000])
     """
-    weights = prefix_weights(policy_token_logp, sampler_token_logp, mask)
-    if own_token:
-        weights = weights * token_ratios(policy_token_logp, sampler_token_logp, mask)
-    return (_truncate(weights, truncate_at) * torch.where(mask, k, 0.0)).sum(1)
+    logps = policy_token_logp, sampler_token_logp, mask
+    weights = prefix_weights(*logps, own_token=own_token, truncate_at=truncate_at)
+    return (weights * torch.where(mask, k, 0.0)).sum(1)
+
+
+class PrefixChannels(NamedTuple):
+    """The gradient of `prefix_weighted_surrogate` in two parts, constants to multiply with."""
+
+    pathwise: Float[Tensor, "B T"]
+    """W_t, the weight of ∇k_t."""
+    future: Float[Tensor, "B T"]
+    """Σ_{s>t} W_s k_s (s ≥ t with `own_token`), the weight of g_t = ∇log π(y_t|h_t); nats."""
+
+
+def prefix_channels(
+    k: Float[Tensor, "B T"],
+    policy_token_logp: Float[Tensor, "B T"],
+    sampler_token_logp: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    own_token: bool,
+    truncate_at: float | None = None,
+) -> PrefixChannels:
+    """What a trainer needs that walks over tokens: ∇ = Σ_t W_t ∇k_t + Σ_t g_t Σ_{s>t} W_s k_s.
+
+    Detached; 0 where masked. With π = μ these are 1 and `future_kl`. Arguments are those of
+    `prefix_weighted_surrogate`, whose gradient the sum of both parts is.
+
+    Example:
+        >>> logp, sampler = torch.tensor([[0.2, 0.5]]).log(), torch.tensor([[0.4, 0.5]]).log()
+        >>> k, mask = torch.tensor([[0.3, 0.2]]), torch.ones(1, 2, dtype=torch.bool)
+        >>> prefix_channels(k, logp, sampler, mask, own_token=False)
+        PrefixChannels(pathwise=tensor([[1.0000, 0.5000]]), future=tensor([[0.1000, 0.0000]]))
+    """
+    logps = policy_token_logp, sampler_token_logp, mask
+    weights = prefix_weights(*logps, own_token=own_token, truncate_at=truncate_at).detach()
+    weighted = weights * torch.where(mask, k, 0.0)
+    return PrefixChannels(torch.where(mask, weights, 0.0), future_kl(weighted, mask, own_token))
 
 
 def token_ratio_surrogate(
@@ -170,10 +211,10 @@ def token_ratio_surrogate(
 ) -> Float[Tensor, " B"]:
     """Σ_t r_t k_t per response, k and r_t differentiated: the token's own ratio only.
 
-    The form of the field (k3 × ratio in the loss). Its expectation is Σ_t E_{h~μ}[D_t], the token
-    KL of π at the prefixes that *μ* visits, and its gradient the token-level gradient there: for
-    any k that is unbiased and depends on y_t. At π = μ it is E[Σ_t ∇D_t]; how a token changes the KL
-    of later prefixes is left out.
+    The form of the field (k3 × ratio in the loss). For any unbiased k that is a function of u_t its
+    expectation is Σ_t E_{h~μ}[D_t], the token KL of π at the prefixes that *μ* visits, and its
+    gradient the token-level gradient there. At π = μ that is Σ_t E[∇D_t]: how a token changes the
+    KL of later prefixes is left out.
 
     Example:
         >>> logp = torch.tensor([[0.2, 0.5]]).log()
@@ -191,12 +232,14 @@ def _log_ratio(policy_token_logp: Tensor, sampler_token_logp: Tensor, mask: Tens
     return policy - torch.where(mask, sampler_token_logp, 0.0).detach()
 
 
-def _truncate(weights: Tensor, truncate_at: float | None) -> Tensor:
+def _exp(log_weights: Tensor, truncate_at: float | None) -> Tensor:
+    """min(W, c), whose gradient is that of W scaled down to c: the score-function term stays."""
     if truncate_at is None:
-        return weights
+        return log_weights.exp()
     if truncate_at < 1:
         raise ValueError(
             f"truncate_at is {truncate_at}; it must be at least 1, the weight of a response on "
             "which both policies agree"
         )
-    return weights.clamp(max=truncate_at)
+    excess = (log_weights - math.log(truncate_at)).clamp(min=0)
+    return (log_weights - excess.detach()).exp()

@@ -7,16 +7,16 @@ training on it. With u_t, D_t and h_t as there, of a response y of the policy π
     U = Σ_t u_t = log π(y) - log q(y)        w = q(y)/π(y) = e^{-U}        E[w] = 1
     M_t = u_t - D_t                          a martingale difference: E[M_t | h_t] = 0
 
-    name           value of a response          coefficient                 unbiased  ≥ 0  needs
-    cv             U + α (w - 1)                α = 1                       yes       yes  log_ratio
-    cv_fitted      U + α (w - 1)                fitted                      yes       no   log_ratio
-    mcv            Σ_t D_t + λ Σ_t M_t          fitted                      yes       no   token_kl
-    mcv_positions  Σ_t D_t + Σ_t λ_t M_t        fitted, shrunk to one λ     yes       no   token_kl
-    ht             over the distinct responses, see `HorvitzThompson`       yes       no   response_logp
+    name           value of a response       coefficient             unbiased  ≥ 0  needs
+    cv             U + α (w - 1)             α = 1                   yes       yes  log_ratio
+    cv_fitted      U + α (w - 1)             fitted                  yes       no   log_ratio
+    mcv            Σ_t D_t + λ Σ_t M_t       fitted                  yes       no   token_kl
+    mcv_positions  Σ_t D_t + Σ_t λ_t M_t     fitted, shrunk to one   yes       no   token_kl
+    ht             over the distinct responses: `HorvitzThompson`    yes       no   response_logp
 
 in nats per response; the estimate is the mean over responses. The first four are one family,
-`ControlVariateEstimator`: an anchor A whose mean is the KL, plus coefficients times controls C whose
-mean is 0. Any fixed coefficients leave it unbiased, and -Cov(C)⁻¹ Cov(C, A) gives the least
+`ControlVariateEstimator`: an anchor A whose mean is the KL, plus coefficients times controls C
+whose mean is 0. Any fixed coefficients leave it unbiased, and -Cov(C)⁻¹ Cov(C, A) gives the least
 variance. Coefficients fitted to the responses that they are applied to would bias it; so they are
 *cross-fitted*: the responses are divided into folds, and those of a fold get coefficients fitted to
 the other folds.
@@ -48,7 +48,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlkl.kl.control_moments import ControlEstimate, ControlMoments
-from rlkl.kl.off_policy import prefix_weights, token_ratios
+from rlkl.kl.off_policy import prefix_weights
 
 
 class ResponseStatistics(NamedTuple):
@@ -108,9 +108,7 @@ def response_statistics(
         return ResponseStatistics(u.sum(1), excess, d.sum(1), u - d, policy.sum(1))
     logps = policy, real(sampler_token_logp), mask
     before = prefix_weights(*logps, truncate_at=truncate_at)
-    through = before * token_ratios(*logps)
-    if truncate_at is not None:
-        through = through.clamp(max=truncate_at)
+    through = prefix_weights(*logps, truncate_at=truncate_at, own_token=True)
     d, u = before * d, through * u
     last = (mask.sum(1, keepdim=True) - 1).clamp(min=0)
     excess = excess * through.gather(1, last).squeeze(1)
@@ -146,8 +144,8 @@ class ResponseEstimator(ABC):
 
         Args:
             statistics: of n responses.
-            groups: what `groups` says depends on the estimator: the folds of
-                `ControlVariateEstimator`, the equal responses of `HorvitzThompson`.
+            groups: a number for each response, whose meaning is the estimator's: its fold
+                (`ControlVariateEstimator`), or which are equal (`HorvitzThompson`).
         """
 
 
@@ -203,10 +201,10 @@ class ControlVariateEstimator(ResponseEstimator):
 class HorvitzThompson(ResponseEstimator):
     """Σ over the distinct responses y of m draws of π(y) U(y) / (1 - (1 - π(y))^m).
 
-    The denominator is the probability that y is among m independent draws, so that each response of
-    the model counts with its own probability. As the value of a draw:
-    x_i = m π(y_i) U(y_i) / (P(y_i drawn) · number of draws equal to y_i). Where no response is drawn
-    twice and π(y) is small, as with long responses, it is k1.
+    The denominator is the probability that y is among m independent draws, so that each response
+    of the model counts with its own probability. The value of a draw is x_i = m π(y_i) U(y_i) over
+    that probability times the number of draws equal to y_i. Where no response is drawn twice and
+    π(y) is small, as with long responses, it is k1.
 
     Valid for the m responses drawn together for *one* prompt; average several such groups.
 

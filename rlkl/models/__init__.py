@@ -9,6 +9,7 @@ from rlkl.models.language_model import (
     position_ids,
     response_hidden,
 )
+from rlkl.models.output_head import output_head
 from rlkl.models.pair import ModelPair, Side, load_pair
 from rlkl.models.reference import frozen_copy, reference_model
 from rlkl.models.tokenizers import check_same_tokenizer, load_tokenizer
@@ -25,6 +26,7 @@ __all__ = [
     "load_causal_lm",
     "load_pair",
     "load_tokenizer",
+    "output_head",
     "position_ids",
     "reference_model",
     "response_hidden",

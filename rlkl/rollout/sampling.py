@@ -11,9 +11,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlkl.models.language_model import linear_head, position_ids, trunk_of
+from rlkl.rollout.cache import reserved_cache
 from rlkl.rollout.records import Responses
 
 
@@ -78,7 +79,7 @@ def sample_tokens(
     positions = position_ids(attention_mask)
     takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
 
-    cache = DynamicCache(config=trunk.config)
+    cache = reserved_cache(trunk.config, prompt_length + max_new_tokens)
     step_ids, seen = prompt_ids, 0
     for t in range(max_new_tokens):
         upto = prompt_length + t

@@ -350,7 +350,7 @@ def test_tokens_that_the_policy_excludes_have_no_say(name):
 
 @pytest.mark.parametrize("name", ["topk", "topk_bucket"])
 def test_a_head_without_tokens_is_refused(name):
-    with pytest.raises(ValueError, match="k is 0; .* use k >= 1"):
+    with pytest.raises(ValueError, match=r"k is 0; .* use k >= 1"):
         replace(get_estimator(name), k=0)
 
 

@@ -156,8 +156,8 @@ def test_the_two_trainers_follow_these_gradients_by_default(make_pure_trainer):
 class Recording(PPOTrainer):
     """Keeps its last rollout."""
 
-    def rollout(self, *args, **kwargs):
-        self.last_rollout = super().rollout(*args, **kwargs)
+    def measure(self, *args, **kwargs):
+        self.last_rollout = super().measure(*args, **kwargs)
         return self.last_rollout
 
 

@@ -55,6 +55,10 @@ def test_an_estimator_that_does_not_fit_the_default_placement_is_refused(make_tr
     ("changes", "complaint"),
     [
         ({"kl_estimator": "k4"}, "estimator 'k4' is unknown; use one of k1, k2, k3, rb"),
+        (
+            {"kl_estimator": "topk", "kl_placement": "both"},
+            "kl_estimator is topk, which is for measuring: train with rb",
+        ),
         ({"kl_placement": "here"}, "placement 'here' is unknown; use 'reward', 'loss' or 'both'"),
         ({"kl_coef": -0.1}, "kl_coef is -0.1; it must be >= 0"),
         ({"kl_coef": float("nan")}, "nan"),

@@ -64,5 +64,5 @@ class Estimator(ABC):
             mask: True = response token. Padding may hold anything, nan and invalid ids included.
 
         Returns:
-            `[B, T]` nats, 0 where masked; differentiable in both log-probabilities.
+            `[B, T]` nats, 0 where masked; differentiable in policy_logp.
         """
