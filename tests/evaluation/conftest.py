@@ -39,7 +39,7 @@ def ref(nearby: Callable[[int, float], GPT2LMHeadModel]) -> GPT2LMHeadModel:
 
 @torch.no_grad()
 def exact_kl(policy, ref, prompt_ids: list[int], steps: int) -> float:
-    """D_KL of the first `steps` tokens by recursion over every prefix: D(h) + Σ_v π(v|h) KL(h v)."""
+    """D_KL of the first `steps` tokens by recursion over prefixes: D(h) + Σ_v π(v|h) KL(h v)."""
     p, q = (
         model(torch.tensor([prompt_ids])).logits[0, -1].double().log_softmax(-1)
         for model in (policy, ref)

@@ -20,6 +20,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -160,6 +161,10 @@ class ReplayedResponses:
                     except ValueError as error:
                         raise ValueError(f"{self.path}, line {number}: {error}") from error
 
+    @lru_cache(maxsize=4096)  # noqa: B019 (a source lives as long as its run)
+    def _encoded(self, prompt: str) -> list[int]:
+        return encode_prompts(self.pair.tokenizer, [prompt])[0][0].tolist()
+
     def _read(self, line: str) -> Completion:
         try:
             row = json.loads(line)
@@ -173,7 +178,7 @@ class ReplayedResponses:
             prompt = str(tokenizer.decode(prompt_ids, skip_special_tokens=True))
         else:
             prompt = _text(row, "prompt")
-            prompt_ids = encode_prompts(tokenizer, [prompt])[0][0].tolist()
+            prompt_ids = self._encoded(prompt)
         if not prompt_ids:
             raise ValueError("the prompt is empty; it needs at least one token")
         eos = tokenizer.eos_token_id
