@@ -160,7 +160,7 @@ def kl(
             other = pair.swapped()
             directions.append(KLEstimation(other, responses(other), settings, (ref, policy)))
     reports = []
-    with ctrl_c_ends_the_sampling() as stopped:
+    with ctrl_c_ends_the_sampling(directions) as stopped:
         for estimation in directions:
             interrupted = _run(estimation, stopped)
             if estimation.n == 0:
@@ -170,7 +170,8 @@ def kl(
             if interrupted:
                 break
     if not reports:
-        fail("stopped before the first batch was done: there is nothing to report")
+        console.print("stopped before the first batch was done: there is nothing to report")
+        raise typer.Exit(130)
     if json is not None:
         write_json({"seed": seed, **_record(reports)}, json)
     if html is not None:
@@ -265,12 +266,12 @@ class Stop:
 
 
 @contextmanager
-def ctrl_c_ends_the_sampling() -> Iterator[Stop]:
-    """The first Ctrl-C ends the sampling after the batch in work, the second at once."""
+def ctrl_c_ends_the_sampling(estimations: list["KLEstimation"]) -> Iterator[Stop]:
+    """The first Ctrl-C ends the sampling after the batch in work, the second drops that batch."""
     stop = Stop()
 
     def interrupt(number: int, frame: Any) -> None:
-        if stop.requested:
+        if stop.requested and not any(estimation.adding for estimation in estimations):
             raise KeyboardInterrupt
         stop.requested = True
 
@@ -289,7 +290,7 @@ def _run(estimation: "KLEstimation", stop: Stop) -> bool:
                 return True
             try:
                 estimation.step()
-            except KeyboardInterrupt:  # the batch in work is lost, the sums are whole
+            except KeyboardInterrupt:  # the batch in work is lost, the sums of the others are whole
                 return True
             show(stop.requested)
     return False

@@ -24,6 +24,9 @@ from rlkl.kl import (
 )
 
 _FOLDS = 5
+MAX_POSITIONS = 512
+"""Longest response for which there is one coefficient per position: products of all pairs of
+positions are kept, which at ten times the length would be gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,11 @@ class Accumulator:
         self.units, self.max_tokens = units, max_tokens
         self.sums, self.totals = UnitSums(units), Totals()
         self._moments: dict[str, ControlMoments] = {}
+        self._response_estimators = {
+            name: estimator
+            for name, estimator in RESPONSE_ESTIMATORS.items()
+            if name != "mcv_positions" or max_tokens <= MAX_POSITIONS
+        }
 
     def add(self, draws: Draws, measured: Measured, weights: Weights) -> None:
         """Adds a batch."""
@@ -107,7 +115,7 @@ class Accumulator:
         weighted = {name: _weight_of(name, weights) * k for name, k in measured.k.items()}
         values = {name: (k * mask).sum(1) for name, k in weighted.items()}
         statistics = self._statistics(measured, weights)
-        for name, estimator in RESPONSE_ESTIMATORS.items():
+        for name, estimator in self._response_estimators.items():
             if isinstance(estimator, ControlVariateEstimator):
                 anchor, controls = estimator.terms(statistics)
                 if estimator.coefficient is None:
@@ -168,7 +176,7 @@ class Accumulator:
     def estimates(self) -> dict[str, Estimate]:
         """Every estimator's answer so far, in the order of the registries."""
         results = {}
-        for name, estimator in {**ESTIMATORS, **RESPONSE_ESTIMATORS}.items():
+        for name, estimator in {**ESTIMATORS, **self._response_estimators}.items():
             if _sum_of(name) in self.sums:
                 total, negative = self.sums[_sum_of(name)], self.totals.negative[name]
             elif isinstance(estimator, ControlVariateEstimator):

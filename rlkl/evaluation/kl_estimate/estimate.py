@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from rlkl.evaluation.kl_estimate.accumulate import Accumulator, Weights
+from rlkl.evaluation.kl_estimate.accumulate import MAX_POSITIONS, Accumulator, Weights
 from rlkl.evaluation.kl_estimate.draws import Draws, ResponseSource, SampledResponses
 from rlkl.evaluation.kl_estimate.measure import Context, Measured, VocabularySums, measure
 from rlkl.evaluation.kl_estimate.report import (
@@ -61,7 +61,8 @@ class KLEstimation:
     """An estimate in progress: one batch a step, a report at any time.
 
     What it keeps are sums per prompt and per token of the vocabulary, a few contexts and the first
-    responses: its memory does not grow with the number of samples.
+    responses: its memory does not grow with the number of samples. While `adding` is True the sums
+    are half-way to the next batch, and an interruption would leave them there.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class KLEstimation:
         self.vocabulary = VocabularySums()
         self.samples: list[Sample] = []
         self.seconds = self.sampling_seconds = 0.0
+        self.adding = False
         self._batches = source.batches()
 
     @property
@@ -102,7 +104,9 @@ class KLEstimation:
         drawn = time.perf_counter()
         measured = measure(self.pair, draws.responses, self.settings.temperature, self.vocabulary)
         weights = Weights.of(draws, measured, self.settings.truncate_at)
+        self.adding = True
         self.accumulator.add(draws, measured, weights)
+        self.adding = False
         self._keep_samples(draws, measured)
         self.sampling_seconds += drawn - begin
         self.seconds += time.perf_counter() - begin
@@ -204,6 +208,10 @@ class KLEstimation:
             notes.append(
                 f"{totals.cut_weights / totals.tokens:.1%} of the importance weights were cut at "
                 f"{self.settings.truncate_at:g}, which biases the KL downwards."
+            )
+        if self.source.max_tokens > MAX_POSITIONS:
+            notes.append(
+                f"mcv_positions is left out: it is for responses of at most {MAX_POSITIONS} tokens."
             )
         target = self.settings.target_stderr
         if target is not None:
