@@ -1,4 +1,4 @@
-"""Prompts: from a file, from a data set on the hub or in a folder, or the review openings that ship with rlkl."""
+"""Prompts: from a file, from a data set (hub or folder), or the openings that ship with rlkl."""
 
 import csv
 import json

@@ -89,7 +89,7 @@ def test_weights_make_another_samplers_responses_stand_for_the_policys(
     pair, colours, nearby, enumerated_kl, tmp_path, kind
 ):
     """Within five standard errors of enumeration; without the weights it is another number."""
-    sampler = nearby(7, 0.03)
+    sampler = nearby(7, 0.04)
     rows = sampled_rows(sampler, colours, 1024)
     if kind == "response":
         whole = [{**row, "logprob": sum(row["logprobs"])} for row in rows]
@@ -102,9 +102,10 @@ def test_weights_make_another_samplers_responses_stand_for_the_policys(
     for name, e in report.estimators.items():
         if e.unbiased:
             assert abs(e.nats_per_response - truth) < 5 * e.stderr, name
-    assert 0.5 * 1024 < report.ess < 0.97 * 1024
+    assert 0.3 * 1024 < report.ess < 0.97 * 1024
     plain = replay(pair, write(tmp_path / "d.jsonl", without(rows, "logprobs")), **settings)
-    assert abs(plain.best.nats_per_response - truth) > 5 * plain.best.stderr
+    k1 = plain.estimators["k1"]
+    assert abs(k1.nats_per_response - truth) > 5 * k1.stderr
 
 
 def test_prefix_weights_vary_less_than_the_weight_of_the_whole(pair, colours, nearby, tmp_path):
