@@ -123,6 +123,7 @@ def kl(
             truncate_at=truncate_at,
         )
         _check_writable(json, html)
+        texts, limit = [], 0  # for sampling only
         if completions is None:
             texts = _load_prompts(prompts, prompt_column)
             number = _number_of_samples(num_samples, samples_per_prompt, len(texts))

@@ -72,15 +72,10 @@ class ModelPair:
         Raises:
             ValueError: no reference, and a policy that has no adapter to switch off.
         """
-        adapter = policy.active_adapter if isinstance(policy, PeftModel) else None
         if ref_model is None and not isinstance(policy, PeftModel):
             raise ValueError("a policy without adapter needs a ref_model: frozen_copy(policy)")
-        ref_adapter = ref_model.active_adapter if isinstance(ref_model, PeftModel) else None
-        return cls(
-            Side(policy, adapter),
-            Side(policy) if ref_model is None else Side(ref_model, ref_adapter),
-            tokenizer,
-        )
+        ref = Side(policy) if ref_model is None else Side(ref_model, _active_adapter(ref_model))
+        return cls(Side(policy, _active_adapter(policy)), ref, tokenizer)
 
     def swapped(self) -> "ModelPair":
         """The other direction: the reference as policy."""
@@ -90,6 +85,18 @@ class ModelPair:
         """The distinct modules in memory: one or two."""
         first, second = self.policy.model, self.ref.model
         return [first] if first is second else [first, second]
+
+
+def _active_adapter(model: nn.Module) -> str | None:
+    """The PEFT adapter that is on, None where there is none.
+
+    Raises:
+        ValueError: several are on at once.
+    """
+    active = model.active_adapter if isinstance(model, PeftModel) else None
+    if active is None or isinstance(active, str):
+        return active
+    raise ValueError(f"the adapters {', '.join(active)} are on at once: merge them first")
 
 
 @dataclass(frozen=True)

@@ -267,6 +267,12 @@ def _by_prompt(estimator: HorvitzThompson, statistics: ResponseStatistics, draws
     values = torch.empty_like(statistics.log_ratio)
     for prompt in draws.prompt.unique().tolist():
         rows = draws.prompt == prompt
-        group = ResponseStatistics(*(None if x is None else x[rows] for x in statistics))
+        group = ResponseStatistics(
+            log_ratio=statistics.log_ratio[rows],
+            excess=statistics.excess[rows],
+            token_kl=statistics.token_kl[rows],
+            martingale=statistics.martingale[rows],
+            policy_logp=None if statistics.policy_logp is None else statistics.policy_logp[rows],
+        )
         values[rows] = estimator(group, distinct[rows])
     return values

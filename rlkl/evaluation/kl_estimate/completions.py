@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -122,7 +122,7 @@ class ReplayedResponses:
             repetitions.append(seen[number])
             seen[number] += 1
         device = next(self.pair.policy.model.parameters()).device
-        pad = self.pair.tokenizer.pad_token_id
+        pad = cast(int, self.pair.tokenizer.pad_token_id)
         prompt_ids, prompt_mask = _padded([row.prompt_ids for row in rows], pad, left=True)
         tokens, mask = _padded([row.ids for row in rows], pad, left=False)
         kind = rows[0].log_prob_kind

@@ -194,9 +194,9 @@ class KLEstimation:
         notes, accumulator, totals = [], self.accumulator, self.accumulator.totals
         if accumulator.ess_ref < _TRUSTED_ESS * totals.n:
             notes.append(
-                "cv rests on the weights q(y)/π(y), whose effective sample size is "
+                "cv and cv_fitted rest on the weights q(y)/π(y), whose effective sample size is "
                 f"{accumulator.ess_ref:.0f} of {totals.n}: the few responses that would matter "
-                "most are hardly ever drawn, and its error is larger than it says."
+                "most are hardly ever drawn, and their errors are larger than they say."
             )
         if accumulator.ess < _TRUSTED_ESS * totals.n:
             notes.append(

@@ -7,6 +7,7 @@ weights), and are reduced there: to numbers per token, and to sums over the voca
 
 import heapq
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -59,24 +60,20 @@ class VocabularySums:
 
     def __init__(self, contexts: int = 10) -> None:
         self.tokens = 0
-        self.contribution: Tensor | None = None
-        self.policy: Tensor | None = None
-        self.ref: Tensor | None = None
+        # [V] each; a single 0 until the first prefix says how large the vocabulary is.
+        self.contribution, self.policy, self.ref = torch.zeros(3, 1, dtype=torch.float64)
         self._contexts: list[Context] = []
         self._limit, self._order = contexts, itertools.count()
 
     def add(self, terms: Tensor, policy_logp: Tensor, ref_logp: Tensor) -> None:
         """Adds `reverse_kl_terms` and the distributions, [n, V] each, at n prefixes."""
-        rows = (terms, policy_logp.exp(), ref_logp.exp())
-        sums = [x.sum(0).double().cpu() for x in rows]
-        before = (self.contribution, self.policy, self.ref)
-        self.contribution, self.policy, self.ref = (
-            new if old is None else old + new for old, new in zip(before, sums, strict=True)
-        )
+        self.contribution = self.contribution + _column_sums(terms)
+        self.policy = self.policy + _column_sums(policy_logp.exp())
+        self.ref = self.ref + _column_sums(ref_logp.exp())
         self.tokens += len(terms)
 
     def offer_contexts(
-        self, kl: Tensor, policy_logp: Tensor, ref_logp: Tensor, prefix_text
+        self, kl: Tensor, policy_logp: Tensor, ref_logp: Tensor, prefix_text: Callable[[int], str]
     ) -> None:
         """Keeps the prefixes with the largest D_t; `prefix_text(i)` is asked for those only."""
         values, index = kl.topk(min(self._limit, len(kl)))
@@ -101,6 +98,10 @@ class VocabularySums:
     def contexts(self) -> list[Context]:
         """The prefixes kept, the largest D_t first."""
         return sorted(self._contexts, reverse=True)
+
+
+def _column_sums(rows: Tensor) -> Tensor:
+    return rows.sum(0).double().cpu()
 
 
 def _exact_head(model: nn.Module) -> LinearHead:
