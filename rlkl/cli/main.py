@@ -8,6 +8,7 @@ import typer
 import rlkl
 from rlkl.cli.audit import audit
 from rlkl.cli.errors import fail
+from rlkl.cli.kl import kl
 
 app = typer.Typer(
     help="The KL of a language model from its reference: audited, estimated, traded for reward.",
@@ -33,6 +34,9 @@ def _options(
     ] = False,
 ) -> None:
     """Takes the options that stand before a command."""
+
+
+app.command("kl")(kl)
 
 
 def main() -> None:

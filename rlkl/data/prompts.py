@@ -1,11 +1,11 @@
-"""Prompts: from a file, from a hub data set, or the review openings that ship with rlkl."""
+"""Prompts: from a file, from a data set (hub or folder), or the openings that ship with rlkl."""
 
 import csv
 import json
 from pathlib import Path
 from typing import Any, cast
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, load_dataset, load_from_disk
 
 _ASSETS = Path(__file__).parent / "assets"
 EMBEDDED_TRAIN_PROMPTS = _ASSETS / "prompts_train.txt"
@@ -31,8 +31,7 @@ def load_prompts(source: str | Path, column: str = "prompt") -> Dataset:
             raise FileNotFoundError(f"no such file of prompts: {source}")
         prompts = _read(path, column)
     else:
-        name, _, split = str(source).partition(":")
-        data = cast(Dataset, load_dataset(name, split=split or "train"))
+        data = _data_set(str(source))
         if column not in data.column_names:
             raise ValueError(f"{source} has the columns {data.column_names}, not {column!r}")
         prompts = list(data[column])
@@ -66,6 +65,20 @@ def check_prompts(data: Any, at_least: int) -> None:
             f"{len(data)} prompts for per_device_train_batch_size={at_least}; "
             "give more prompts or a smaller batch"
         )
+
+
+def _data_set(source: str) -> Dataset:
+    name, _, split = source.partition(":")
+    split = split or "train"
+    saved = [Path(name) / file for file in ("state.json", "dataset_dict.json")]
+    if not any(file.is_file() for file in saved):
+        return cast(Dataset, load_dataset(name, split=split))
+    data = load_from_disk(name)
+    if isinstance(data, Dataset):
+        return data
+    if split not in data:
+        raise ValueError(f"{name} has the splits {', '.join(map(str, data))}, not {split!r}")
+    return data[split]
 
 
 def _read(path: Path, column: str) -> list[str]:

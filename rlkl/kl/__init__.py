@@ -17,6 +17,7 @@ from rlkl.kl.divergences import (
     forward_reverse_kl,
     jensen_shannon,
     reverse_kl,
+    reverse_kl_terms,
     skew_kl,
     skew_reverse_kl,
 )
@@ -145,6 +146,7 @@ __all__ = [
     "response_statistics",
     "response_weights",
     "reverse_kl",
+    "reverse_kl_terms",
     "sequence_kl",
     "skew_kl",
     "skew_reverse_kl",

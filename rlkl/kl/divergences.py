@@ -64,6 +64,29 @@ def reverse_kl(
     return kl_of_logp(policy_logp, ref_logp)
 
 
+def reverse_kl_terms(
+    policy_logits: Float[Tensor, "*batch V"], ref_logits: Float[Tensor, "*batch V_ref"]
+) -> Float[Tensor, "*batch V"]:
+    """What each token adds to D_KL(policy ‖ ref): π_v log(π_v / q_v) - π_v + q_v, in nats.
+
+    Never negative, whether the policy raised the token or lowered it, and the sum over the
+    vocabulary is `reverse_kl`, since Σ_v (q_v - π_v) = 0.
+
+    Returns:
+        `[..., V]`, ≥ 0; +inf where the policy gives mass to a token the reference excludes.
+
+    Raises:
+        ValueError: the vocabularies differ in size.
+
+    Example:
+        >>> policy, ref = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
+        >>> reverse_kl_terms(policy, ref)
+        tensor([0.0966, 0.0473])
+    """
+    policy_logp, ref_logp = log_softmax_pair(policy_logits, ref_logits)
+    return _kl_terms(policy_logp.exp(), policy_logp - ref_logp, ref_logp.exp())
+
+
 def forward_kl(
     policy_logits: Float[Tensor, "*batch V"],
     ref_logits: Float[Tensor, "*batch V_ref"],

@@ -11,6 +11,7 @@ from rlkl.models.language_model import (
     response_hidden,
 )
 from rlkl.models.output_head import output_head
+from rlkl.models.pair import ModelPair, Side, load_pair
 from rlkl.models.reference import frozen_copy, reference_model
 from rlkl.models.tokenizers import check_same_tokenizer, load_tokenizer
 
@@ -18,11 +19,14 @@ __all__ = [
     "EMBEDDED_LM",
     "Critic",
     "LinearHead",
+    "ModelPair",
+    "Side",
     "check_same_tokenizer",
     "frozen_copy",
     "hidden_size",
     "linear_head",
     "load_causal_lm",
+    "load_pair",
     "load_tokenizer",
     "output_head",
     "position_ids",

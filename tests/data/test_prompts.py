@@ -4,6 +4,7 @@ import json
 import lzma
 
 import pytest
+from datasets import Dataset, DatasetDict
 
 from rlkl.data import clean_text, load_prompts, load_reviews
 
@@ -85,3 +86,13 @@ def test_reviews_without_text_are_refused_and_missing_files_named(tmp_path):
 def test_cleaning_twice_changes_nothing():
     text = "  A<br>film.<BR/>\tGood "
     assert clean_text(clean_text(text)) == clean_text(text)
+
+
+def test_a_data_set_in_a_folder_is_read_by_split(tmp_path):
+    data = Dataset.from_dict({"text": ["a film", "a plot"]})
+    data.save_to_disk(tmp_path / "one")
+    assert load_prompts(tmp_path / "one", "text")["prompt"] == ["a film", "a plot"]
+    DatasetDict({"test": data}).save_to_disk(tmp_path / "splits")
+    assert len(load_prompts(f"{tmp_path / 'splits'}:test", "text")) == 2
+    with pytest.raises(ValueError, match="has the splits test, not 'train'"):
+        load_prompts(tmp_path / "splits", "text")

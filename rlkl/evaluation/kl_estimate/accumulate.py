@@ -1,0 +1,278 @@
+"""Batches of measured responses in, running sums out: nothing of it grows with their number."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rlkl.evaluation.kl_estimate.draws import Draws
+from rlkl.evaluation.kl_estimate.measure import Measured
+from rlkl.evaluation.kl_estimate.report import Estimate, Profile
+from rlkl.evaluation.kl_estimate.units import Interval, Units, UnitSums, ratio
+from rlkl.kl import (
+    ESTIMATORS,
+    RESPONSE_ESTIMATORS,
+    ControlMoments,
+    ControlVariateEstimator,
+    HorvitzThompson,
+    RaoBlackwellEstimator,
+    ResponseStatistics,
+    TopKBucketEstimator,
+    prefix_weights,
+    token_ratios,
+)
+
+_FOLDS = 5
+MAX_POSITIONS = 512
+"""Longest response for which there is one coefficient per position: products of all pairs of
+positions are kept, which at ten times the length would be gigabytes."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Importance weights that make responses of the sampler μ stand for the policy's.
+
+    W_t = Π_{s<t} π(y_s|h_s)/μ(y_s|h_s) for what depends on the prefix alone, W_{t+1} for what
+    depends on y_t too, and the whole product for the response. All 1 where the policy sampled;
+    all the whole product where nothing else is known.
+    """
+
+    prefix: Tensor
+    """[B, T] W_t."""
+    own: Tensor
+    """[B, T] W_{t+1}."""
+    response: Tensor
+    """[B]"""
+    on_policy: bool
+    cut: int = 0
+    """How many of the W_t at real tokens were cut at `truncate_at`."""
+
+    @classmethod
+    def of(cls, draws: Draws, measured: Measured, truncate_at: float | None) -> "Weights":
+        """From what is known of the sampler.
+
+        Raises:
+            ValueError: `truncate_at` is below 1.
+        """
+        mask = measured.mask
+        ones = torch.ones(mask.shape, dtype=torch.float64)
+        if draws.sampler_logp is not None:
+            logps = measured.policy_logp, draws.sampler_logp, mask
+            whole = prefix_weights(*logps)
+            prefix = prefix_weights(*logps, truncate_at=truncate_at)
+            own = prefix * token_ratios(*logps)
+            own = own if truncate_at is None else own.clamp(max=truncate_at)
+            last = mask.sum(1, keepdim=True) - 1
+            cut = int((whole > prefix)[mask].sum())
+            return cls(prefix, own, own.gather(1, last).squeeze(1), False, cut)
+        if draws.sampler_response_logp is not None:
+            policy_logp = (measured.policy_logp * mask).sum(1)
+            whole = (policy_logp - draws.sampler_response_logp).exp()
+            response = whole if truncate_at is None else whole.clamp(max=truncate_at)
+            cut = int(((whole > response)[:, None] & mask).sum())
+            spread = ones * response[:, None]
+            return cls(spread, spread, response, False, cut)
+        return cls(ones, ones, ones[:, 0], True)
+
+
+@dataclass
+class Totals:
+    """Plain sums over responses."""
+
+    n: int = 0
+    tokens: int = 0
+    truncated: int = 0
+    cut_weights: int = 0
+    weight: float = 0.0
+    weight_squared: float = 0.0
+    ref_weight: float = 0.0
+    ref_weight_squared: float = 0.0
+    negative: dict[str, int] = field(default_factory=dict)
+
+
+class Accumulator:
+    """Sums per independent unit, from which every estimate and its error follow.
+
+    Estimators with fitted coefficients also need sums of products, per fold; folds are made of
+    whole strata where there are enough of them, so that no unit is fitted to itself or its like.
+    """
+
+    def __init__(self, units: Units, max_tokens: int) -> None:
+        """Args: the units; the largest number of tokens that a response may have."""
+        self.units, self.max_tokens = units, max_tokens
+        self.sums, self.totals = UnitSums(units), Totals()
+        self._moments: dict[str, ControlMoments] = {}
+        self._response_estimators = {
+            name: estimator
+            for name, estimator in RESPONSE_ESTIMATORS.items()
+            if name != "mcv_positions" or max_tokens <= MAX_POSITIONS
+        }
+
+    def add(self, draws: Draws, measured: Measured, weights: Weights) -> None:
+        """Adds a batch."""
+        mask, unit = measured.mask, self.units.index(draws.prompt, draws.repetition)
+        weighted = {name: _weight_of(name, weights) * k for name, k in measured.k.items()}
+        values = {name: (k * mask).sum(1) for name, k in weighted.items()}
+        statistics = self._statistics(measured, weights)
+        for name, estimator in self._response_estimators.items():
+            if isinstance(estimator, ControlVariateEstimator):
+                anchor, controls = estimator.terms(statistics)
+                if estimator.coefficient is None:
+                    self._add_moments(name, anchor, controls, unit)
+                else:
+                    values[name] = anchor + estimator.coefficient * controls.sum(1)
+            elif isinstance(estimator, HorvitzThompson) and weights.on_policy:
+                values[name] = _by_prompt(estimator, statistics, draws)
+        alive = weights.prefix * mask
+        self.sums.add(
+            unit,
+            {
+                "n": torch.ones(len(mask)),
+                "length": alive.sum(1),
+                "position_length": alive,
+                "position_rb": weighted["rb"],
+                "position_k1": weighted["k1"],
+                **{_sum_of(name): value for name, value in values.items()},
+            },
+        )
+        totals, ref_over_policy = self.totals, 1 + torch.expm1(-measured.k["k1"].sum(1))
+        totals.n += len(mask)
+        totals.tokens += int(mask.sum())
+        totals.truncated += int((~draws.responses.ended).sum())
+        totals.cut_weights += weights.cut
+        totals.weight += float(weights.response.sum())
+        totals.weight_squared += float(weights.response.square().sum())
+        totals.ref_weight += float(ref_over_policy.sum())
+        totals.ref_weight_squared += float(ref_over_policy.square().sum())
+        for name, value in values.items():
+            below = int((value < 0).sum())
+            totals.negative[name] = totals.negative.get(name, 0) + below
+
+    def _statistics(self, measured: Measured, weights: Weights) -> ResponseStatistics:
+        """What the response-level estimators need, weighted; M_t padded to `max_tokens`."""
+        kl, log_ratio = weights.prefix * measured.k["rb"], weights.own * measured.k["k1"]
+        martingale = kl.new_zeros(len(kl), self.max_tokens)
+        martingale[:, : kl.shape[1]] = log_ratio - kl
+        policy_logp = measured.policy_logp.sum(1)
+        return ResponseStatistics(
+            log_ratio=log_ratio.sum(1),
+            excess=weights.response * torch.expm1(-measured.k["k1"].sum(1)),
+            token_kl=kl.sum(1),
+            martingale=martingale,
+            policy_logp=policy_logp if weights.on_policy else None,
+        )
+
+    def _add_moments(self, name: str, anchor: Tensor, controls: Tensor, unit: Tensor) -> None:
+        if name not in self._moments:
+            self._moments[name] = ControlMoments.zeros(
+                controls=controls.shape[1], folds=_FOLDS, prompts=len(self.units)
+            )
+        units = self.units
+        whole_strata = units.strata >= 2 * _FOLDS
+        fold = (unit // units.replicates if whole_strata else unit) % _FOLDS
+        self._moments[name].add(anchor, controls, fold=fold, prompt=unit)
+
+    def estimates(self) -> dict[str, Estimate]:
+        """Every estimator's answer so far, in the order of the registries."""
+        results = {}
+        for name, estimator in {**ESTIMATORS, **self._response_estimators}.items():
+            if _sum_of(name) in self.sums:
+                total, negative = self.sums[_sum_of(name)], self.totals.negative[name]
+            elif isinstance(estimator, ControlVariateEstimator):
+                total, negative = self._fitted(estimator), None
+            else:
+                continue  # ht of responses that another policy sampled
+            results[name] = self._estimate(total, estimator.claims.unbiased, negative)
+        return results
+
+    def _fitted(self, estimator: ControlVariateEstimator) -> Tensor:
+        """[U] sums of A + c·C with each fold's coefficients, fitted on the other folds."""
+        moments = self._moments[estimator.name]
+        coefficients = estimator.estimate(moments).coefficients
+        ones = torch.ones_like(coefficients[:, :1])
+        return torch.einsum(
+            "kz,kuz->u", torch.cat([0 * ones, ones, coefficients], 1), moments.prompts
+        )
+
+    def _estimate(self, total: Tensor, unbiased: bool, negative: int | None) -> Estimate:
+        counts = self.sums["n"]
+        whole = ratio(total, counts, counts, self.units)
+        token = ratio(total, self.sums["length"], counts, self.units)
+        mean, half = float(whole.mean), float(whole.half_width)
+        return Estimate(
+            nats_per_response=mean,
+            stderr=float(whole.stderr),
+            ci95=(mean - half, mean + half),
+            nats_per_token=float(token.mean),
+            nats_per_token_stderr=float(token.stderr),
+            n=self.totals.n,
+            unbiased=unbiased,
+            negative_fraction=None if negative is None else negative / self.totals.n,
+        )
+
+    def interval(self, name: str) -> Interval:
+        """Mean and error of one token-level estimator, for a stopping rule."""
+        counts = self.sums["n"]
+        return ratio(self.sums[_sum_of(name)], counts, counts, self.units)
+
+    def profile(self) -> Profile:
+        """D_t and u_t by position."""
+        size, counts = self.sums["position_length"], self.sums["n"]
+        exact = ratio(self.sums["position_rb"], size, counts, self.units)
+        sampled = ratio(self.sums["position_k1"], size, counts, self.units)
+        return Profile(
+            kl=exact.mean.tolist(),
+            half_width=exact.half_width.tolist(),
+            sampled=sampled.mean.tolist(),
+            sampled_half_width=sampled.half_width.tolist(),
+            responses=(size.sum(0) / size[:, 0].sum()).tolist(),
+        )
+
+    @property
+    def used_units(self) -> int:
+        """Units with at least one response."""
+        return int((self.sums["n"] > 0).sum())
+
+    @property
+    def ess(self) -> float:
+        """(Σw)² / Σw² of the sampler's weights; 0 where they all vanish."""
+        return _ess(self.totals.weight, self.totals.weight_squared)
+
+    @property
+    def ess_ref(self) -> float:
+        """The same of q(y)/π(y)."""
+        return _ess(self.totals.ref_weight, self.totals.ref_weight_squared)
+
+
+def _ess(total: float, squared: float) -> float:
+    return total**2 / squared if squared > 0 and math.isfinite(squared) else 0.0
+
+
+def _sum_of(name: str) -> str:
+    """Under which name the sums of an estimator are kept."""
+    return f"sum_{name}"
+
+
+def _weight_of(name: str, weights: Weights) -> Tensor:
+    """What depends on y_t is weighted with y_t's ratio too."""
+    exact = isinstance(ESTIMATORS[name], RaoBlackwellEstimator | TopKBucketEstimator)
+    return weights.prefix if exact else weights.own
+
+
+def _by_prompt(estimator: HorvitzThompson, statistics: ResponseStatistics, draws: Draws) -> Tensor:
+    """[B] values by the groups of responses that a batch has for one prompt."""
+    tokens, mask = draws.responses.tokens.cpu(), draws.responses.mask.cpu()
+    distinct = torch.where(mask, tokens, -1).unique(dim=0, return_inverse=True)[1]
+    values = torch.empty_like(statistics.log_ratio)
+    for prompt in draws.prompt.unique().tolist():
+        rows = draws.prompt == prompt
+        group = ResponseStatistics(
+            log_ratio=statistics.log_ratio[rows],
+            excess=statistics.excess[rows],
+            token_kl=statistics.token_kl[rows],
+            martingale=statistics.martingale[rows],
+            policy_logp=None if statistics.policy_logp is None else statistics.policy_logp[rows],
+        )
+        values[rows] = estimator(group, distinct[rows])
+    return values

@@ -1,0 +1,185 @@
+"""What policy and reference say about a batch of responses: every token-level estimate, and where
+the KL comes from.
+
+Both distributions exist for one chunk of tokens at a time, in float32 (float64 for float64
+weights), and are reduced there: to numbers per token, and to sums over the vocabulary.
+"""
+
+import heapq
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from rlkl.kl import ESTIMATORS, RaoBlackwellEstimator, SampledEstimator, reverse_kl_terms
+from rlkl.models import LinearHead, ModelPair, linear_head, response_hidden
+from rlkl.rollout import Responses, scatter_tokens
+
+_CHUNK_ELEMENTS = 4_000_000
+"""Logits of one model in memory at once."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Numbers per response token, float64 on the CPU; 0 where masked."""
+
+    k: dict[str, Tensor]
+    """[B, T] nats by estimator; ``rb`` is D_t, ``k1`` is u_t."""
+    policy_logp: Tensor
+    """[B, T] log π(y_t | h_t)."""
+    ref_logp: Tensor
+    """[B, T] log q(y_t | h_t)."""
+    mask: Tensor
+    """[B, T] bool."""
+
+
+@dataclass(frozen=True, order=True)
+class Context:
+    """A prefix at which the two next-token distributions are far apart."""
+
+    kl: float
+    """D_t there, in nats."""
+    order: int
+    """Breaks ties: contexts are kept in the order in which they were met."""
+    text: str = field(compare=False)
+    """The end of the prefix."""
+    policy_top: list[tuple[int, float, float]] = field(compare=False)
+    """The policy's likeliest tokens: id, π, q."""
+    ref_top: list[tuple[int, float, float]] = field(compare=False)
+    """The reference's likeliest tokens: id, π, q."""
+
+
+class VocabularySums:
+    """Which tokens the KL comes from: sums over all visited prefixes, one number per token.
+
+    The share of a token is that of `rlkl.kl.reverse_kl_terms`: never negative, whether the policy
+    has raised the token or lowered it, and together they are D_t.
+    """
+
+    def __init__(self, contexts: int = 10) -> None:
+        self.tokens = 0
+        # [V] each; a single 0 until the first prefix says how large the vocabulary is.
+        self.contribution, self.policy, self.ref = torch.zeros(3, 1, dtype=torch.float64)
+        self._contexts: list[Context] = []
+        self._limit, self._order = contexts, itertools.count()
+
+    def add(self, terms: Tensor, policy_logp: Tensor, ref_logp: Tensor) -> None:
+        """Adds `reverse_kl_terms` and the distributions, [n, V] each, at n prefixes."""
+        self.contribution = self.contribution + _column_sums(terms)
+        self.policy = self.policy + _column_sums(policy_logp.exp())
+        self.ref = self.ref + _column_sums(ref_logp.exp())
+        self.tokens += len(terms)
+
+    def offer_contexts(
+        self, kl: Tensor, policy_logp: Tensor, ref_logp: Tensor, prefix_text: Callable[[int], str]
+    ) -> None:
+        """Keeps the prefixes with the largest D_t; `prefix_text(i)` is asked for those only."""
+        values, index = kl.topk(min(self._limit, len(kl)))
+        for value, i in zip(values.tolist(), index.tolist(), strict=True):
+            if len(self._contexts) == self._limit and value <= self._contexts[0].kl:
+                return
+            p, q = policy_logp[i].exp(), ref_logp[i].exp()
+            tops = [
+                [(v, float(p[v]), float(q[v])) for v in x.topk(min(3, len(x))).indices.tolist()]
+                for x in (p, q)
+            ]
+            text = prefix_text(i)
+            if any(text == c.text for c in self._contexts):
+                continue
+            context = Context(value, -next(self._order), text, *tops)
+            if len(self._contexts) < self._limit:
+                heapq.heappush(self._contexts, context)
+            else:
+                heapq.heappushpop(self._contexts, context)
+
+    @property
+    def contexts(self) -> list[Context]:
+        """The prefixes kept, the largest D_t first."""
+        return sorted(self._contexts, reverse=True)
+
+
+def _column_sums(rows: Tensor) -> Tensor:
+    return rows.sum(0).double().cpu()
+
+
+def _exact_head(model: nn.Module) -> LinearHead:
+    """The head in float32, or float64 where it is that already."""
+    weight, bias = linear_head(model)
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return LinearHead(weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def _next_token_logp(hidden: Tensor, head: LinearHead, temperature: float) -> Tensor:
+    logits = nn.functional.linear(hidden.to(head.weight.dtype), *head)
+    return (logits / temperature).log_softmax(-1)
+
+
+@torch.no_grad()
+def measure(
+    pair: ModelPair,
+    responses: Responses,
+    temperature: float,
+    vocabulary: VocabularySums | None = None,
+) -> Measured:
+    """Every token-level estimate at every response token; one pass of each trunk.
+
+    Args:
+        pair: policy and reference.
+        responses: what the policy sampled at `temperature`.
+        temperature: all logits are divided by it.
+        vocabulary: takes the sums over the vocabulary, if wanted.
+    """
+    mask = responses.mask
+    ids, attention, length = responses.input_ids, responses.attention_mask, mask.shape[1]
+    hidden, heads = [], []
+    for side in (pair.policy, pair.ref):
+        with side.active() as model:
+            hidden.append(response_hidden(model, ids, attention, length)[mask])
+            heads.append(_exact_head(model))
+    tokens = responses.tokens[mask]
+    rows = max(1, _CHUNK_ELEMENTS // len(heads[0].weight))
+    names = ["policy_logp", "ref_logp", *ESTIMATORS]
+    parts: dict[str, list[Tensor]] = {name: [] for name in names}
+    for chunk in torch.arange(len(tokens), device=tokens.device).split(rows):
+        y = tokens[chunk]
+        policy_logp, ref_logp = (
+            _next_token_logp(states[chunk], head, temperature)
+            for states, head in zip(hidden, heads, strict=True)
+        )
+        token_logp = [
+            x.gather(-1, y[:, None]).squeeze(-1).double() for x in (policy_logp, ref_logp)
+        ]
+        terms = reverse_kl_terms(policy_logp, ref_logp)
+        k = {"policy_logp": token_logp[0], "ref_logp": token_logp[1]}
+        for name, estimator in ESTIMATORS.items():
+            if isinstance(estimator, SampledEstimator):
+                k[name] = estimator.from_token_logp(*token_logp)
+            elif isinstance(estimator, RaoBlackwellEstimator):
+                k[name] = terms.sum(-1).double()
+            else:
+                real = torch.ones_like(y, dtype=torch.bool)[None]
+                k[name] = estimator(policy_logp[None], ref_logp[None], y[None], real)[0].double()
+        for name in names:
+            parts[name].append(k[name])
+        if vocabulary is not None:
+            vocabulary.add(terms, policy_logp, ref_logp)
+            vocabulary.offer_contexts(
+                k["rb"], policy_logp, ref_logp, lambda i, c=chunk: _prefix(pair, responses, c[i])
+            )
+    whole = {name: scatter_tokens(torch.cat(parts[name]), mask).cpu() for name in names}
+    return Measured(
+        k={name: whole[name] for name in ESTIMATORS},
+        policy_logp=whole["policy_logp"],
+        ref_logp=whole["ref_logp"],
+        mask=mask.cpu(),
+    )
+
+
+def _prefix(pair: ModelPair, responses: Responses, token: Tensor, words: int = 24) -> str:
+    """The end of the text before the `token`-th real token of a batch."""
+    row, position = responses.mask.nonzero()[int(token)].tolist()
+    prompt = responses.prompt_ids[row][responses.prompt_mask[row]]
+    ids = torch.cat([prompt, responses.tokens[row, :position]])[-words:]
+    return str(pair.tokenizer.decode(ids.tolist(), skip_special_tokens=True))

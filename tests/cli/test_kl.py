@@ -1,0 +1,174 @@
+"""`rlkl kl` as its users type it: numbers, files, interruptions, nonsense."""
+
+import json
+import signal
+import sys
+
+import pytest
+
+from rlkl.cli.main import main
+
+
+def run(monkeypatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["rlkl", "kl", *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return stop.value.code or 0
+
+
+@pytest.fixture
+def models(tmp_path, make_lm, tokenizer) -> list[str]:
+    """--policy and --ref of two tiny models, and small settings."""
+    words = []
+    for name, seed in (("policy", 0), ("ref", 1)):
+        make_lm(seed=seed).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        words += [f"--{name}", str(tmp_path / name)]
+    return [*words, "--max-new-tokens", "4"]
+
+
+@pytest.fixture
+def prompts(tmp_path) -> str:
+    path = tmp_path / "prompts.txt"
+    path.write_text("the film\nit was\nI found this plot\n")
+    return str(path)
+
+
+def test_json_has_the_documented_keys_and_nothing_else_on_standard_output(
+    monkeypatch, capsys, models, prompts
+):
+    words = [*models, "--prompts", prompts, "--num-samples", "12", "--json", "-"]
+    assert run(monkeypatch, *words) == 0
+    out, err = capsys.readouterr()
+    record = json.loads(out)
+    assert {"estimators", "negative_fraction", "ess", "truncated_fraction", "tokens"} <= set(record)
+    assert {"k1", "k3", "rb", "topk", "cv", "mcv"} <= set(record["estimators"])
+    for estimate in record["estimators"].values():
+        assert {"nats_per_response", "stderr", "ci95", "nats_per_token", "n"} <= set(estimate)
+        assert estimate["n"] == 12
+    assert record["negative_fraction"]["rb"] == 0
+    assert record["ess"] == 12
+    assert "D_KL(" in err
+
+
+def test_both_directions_are_those_of_either_order(monkeypatch, tmp_path, models, prompts):
+    file = tmp_path / "kl.json"
+    shared = ["--prompts", prompts, "--num-samples", "6", "--json", str(file)]
+    assert run(monkeypatch, *models, *shared, "--both") == 0
+    both = json.loads(file.read_text())
+    swapped = ["--policy", models[3], "--ref", models[1], *models[4:]]
+    assert run(monkeypatch, *swapped, *shared) == 0
+    alone = json.loads(file.read_text())
+    assert both["reverse"]["estimators"] == alone["estimators"]
+    assert both["estimators"] != alone["estimators"]
+
+
+def test_the_page_stands_alone(monkeypatch, tmp_path, models, prompts):
+    page = tmp_path / "kl.html"
+    words = [*models, "--prompts", prompts, "--num-samples", "6", "--both", "--html", str(page)]
+    assert run(monkeypatch, *words) == 0
+    text = page.read_text()
+    assert text.count("<svg") == 2
+    assert "<script" not in text
+    links = [part.split('"')[0] for part in text.split('href="')[1:]]
+    assert all(link.startswith("#") for link in links)
+    assert "src=" not in text
+    assert "the film" in text
+
+
+def test_text_in_prompts_cannot_break_the_page(monkeypatch, tmp_path, models):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("<script>alert(1)</script> [red]the film[/red]\n")
+    page = tmp_path / "kl.html"
+    words = [*models, "--prompts", str(prompts), "--num-samples", "4", "--html", str(page)]
+    assert run(monkeypatch, *words) == 0
+    assert "<script>" not in page.read_text()
+
+
+def test_ctrl_c_reports_what_there_is(monkeypatch, tmp_path, capsys, models, prompts):
+    from rlkl.evaluation.kl_estimate import KLEstimation
+
+    step = KLEstimation.step
+
+    def interrupted_step(self):
+        step(self)
+        if self.n == 8:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(KLEstimation, "step", interrupted_step)
+    file = tmp_path / "kl.json"
+    words = [*models, "--prompts", prompts, "--num-samples", "400", "--batch-size", "4"]
+    assert run(monkeypatch, *words, "--json", str(file)) == 130
+    record = json.loads(file.read_text())
+    assert record["n"] == 8
+    assert record["interrupted"]
+    assert "Interrupted" in capsys.readouterr().out
+
+
+def test_a_second_ctrl_c_drops_the_batch_in_work(monkeypatch, tmp_path, models, prompts):
+    from rlkl.evaluation.kl_estimate import KLEstimation
+
+    step = KLEstimation.step
+
+    def interrupted_step(self):
+        if self.n == 4:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        step(self)
+
+    monkeypatch.setattr(KLEstimation, "step", interrupted_step)
+    file = tmp_path / "kl.json"
+    words = [*models, "--prompts", prompts, "--num-samples", "400", "--batch-size", "4"]
+    assert run(monkeypatch, *words, "--json", str(file)) == 130
+    assert json.loads(file.read_text())["n"] == 4
+
+
+def test_completions_are_replayed(monkeypatch, tmp_path, capsys, models):
+    file = tmp_path / "c.jsonl"
+    row = {"prompt": "the film", "completion": "was good", "logprobs": [-1.0, -2.0]}
+    file.write_text(3 * (json.dumps(row) + "\n"))
+    assert run(monkeypatch, *models, "--completions", str(file), "--json", "-") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["n"] == 3
+    assert record["ess"] == pytest.approx(3)
+    assert record["tokens"] == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--top-p", "0.9"], "truncated sampler is another policy"),
+        (["--top-k", "5"], "truncated sampler is another policy"),
+        (["--num-samples", "0"], "must be at least 1"),
+        (["--num-samples", "nonsense"], "num-samples"),
+        (["--num-samples", "3", "--samples-per-prompt", "2"], "exclude each other"),
+        (["--temperature", "-1"], "temperature=-1.0"),
+        (["--estimator", "k9"], "use one of k1"),
+        (["--estimand", "all"], "use one of population, given_prompts"),
+        (["--dtype", "int8"], "use one of float32"),
+        (["--device", "tpu"], "use cpu, cuda"),
+        (["--prompts", "nowhere.txt"], "no such file of prompts"),
+        (["--completions", "nowhere.jsonl"], "no such file of completions"),
+        (["--completions", "c.jsonl", "--both"], "--both has no meaning beside --completions"),
+        (["--json", "/nowhere/kl.json"], "there is no folder /nowhere"),
+        (["--prompt-tokens", "0"], "must be at least 1"),
+        (["--max-new-tokens", "100"], "the models take 64 in all"),
+    ],
+)
+def test_nonsense_is_one_line_and_exit_code_2(monkeypatch, capsys, models, words, complaint):
+    assert run(monkeypatch, *models, *words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert complaint in err
+    assert err.count("\n") == 1
+
+
+def test_models_that_are_not_there_are_one_line(monkeypatch, capsys):
+    assert run(monkeypatch, "--policy", "/nowhere/model", "--ref", "embedded") == 2
+    assert capsys.readouterr().err == "error: no such model folder: /nowhere/model\n"
+
+
+def test_help_shows_an_example(monkeypatch, capsys):
+    assert run(monkeypatch, "--help") == 0
+    assert "rlkl kl --policy" in capsys.readouterr().out

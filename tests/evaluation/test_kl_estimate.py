@@ -1,0 +1,252 @@
+"""The KL between two tiny models against enumeration, and what it must not depend on."""
+
+import math
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from rlkl.evaluation import estimate_kl
+from rlkl.evaluation.kl_estimate import (
+    Estimand,
+    KLEstimation,
+    SampledResponses,
+    Settings,
+)
+from rlkl.kl import ESTIMATORS, RESPONSE_ESTIMATORS, reverse_kl
+from rlkl.models import ModelPair
+
+PROMPTS = ["red", "green blue red", "blue green", "green"]
+T = 3
+
+
+def estimation(policy, ref, tokenizer, limit: int, **settings) -> KLEstimation:
+    pair = ModelPair.of(policy, ref, tokenizer)
+    source = SampledResponses(
+        pair, PROMPTS, limit=limit, max_new_tokens=T, temperature=1.0, seed=0, batch_size=64
+    )
+    return KLEstimation(pair, source, Settings(**settings))
+
+
+# --- the value ----------------------------------------------------------------------------------
+
+
+def test_unbiased_estimators_agree_with_enumeration_and_the_biased_do_not(
+    policy, ref, colours, enumerated_kl
+):
+    """The estimand is the mean over the four prompts. Five standard errors, 0.6 in a million."""
+    report = estimate_kl(
+        policy,
+        ref,
+        colours,
+        PROMPTS,
+        num_samples=4096,
+        max_new_tokens=T,
+        batch_size=512,
+        estimand="given_prompts",
+    )
+    truth = enumerated_kl(policy, ref, PROMPTS, T)
+    assert set(report.estimators) == set(ESTIMATORS) | set(RESPONSE_ESTIMATORS)
+    for name, e in report.estimators.items():
+        off = abs(e.nats_per_response - truth) / e.stderr if e.stderr > 0 else 0.0
+        if e.unbiased:
+            assert off < 5, name
+        assert e.n == 4096
+    assert abs(report.estimators["k2"].nats_per_response - truth) > (
+        5 * report.estimators["k2"].stderr
+    )
+    assert report.best == report.estimators["rb"]
+    assert report.best.stderr < report.estimators["k1"].stderr
+
+
+def test_per_token_times_mean_length_is_per_response(policy, ref, colours):
+    report = estimate_kl(policy, ref, colours, PROMPTS, num_samples=64, max_new_tokens=T)
+    for e in report.estimators.values():
+        whole = e.nats_per_token * report.tokens / report.n
+        assert whole == pytest.approx(e.nats_per_response, abs=1e-12)
+
+
+def test_a_model_has_kl_exactly_zero_from_itself(policy, colours):
+    report = estimate_kl(policy, policy, colours, PROMPTS, num_samples=64, max_new_tokens=T)
+    for e in report.estimators.values():
+        assert e.nats_per_response == 0.0
+        assert e.stderr == 0.0
+    assert report.top_tokens == []
+    assert report.profile.kl == [0.0] * T
+
+
+def test_a_tiny_kl_keeps_three_digits_in_float32(make_lm, tokenizer):
+    """About 1e-6 nats per response, against the same responses in float64."""
+    policy, other = make_lm(seed=3), make_lm(seed=3)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        other.transformer.ln_f.bias += 4.5e-4 * torch.randn(32, generator=generator)
+    words = ["the film", "it was", "a plot and"]
+    report = estimate_kl(policy, other, tokenizer, words, num_samples=48, max_new_tokens=8)
+
+    pair = ModelPair.of(policy, other, tokenizer)
+    source = SampledResponses(
+        pair, words, limit=48, max_new_tokens=8, temperature=1.0, seed=0, batch_size=64
+    )
+    responses = next(source.batches()).responses
+    p, q = (
+        model.double()(
+            responses.input_ids,
+            attention_mask=responses.attention_mask.long(),
+            position_ids=(responses.attention_mask.long().cumsum(1) - 1).clamp(min=0),
+        ).logits[:, responses.prompt_ids.shape[1] - 1 : -1]
+        for model in (policy, other)
+    )
+    truth = float((reverse_kl(p, q).detach() * responses.mask).sum() / 48)
+    assert 3e-7 < truth < 3e-6
+    assert report.best.nats_per_response == pytest.approx(truth, rel=5e-4)
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+def test_more_responses_to_the_same_prompts_do_not_shrink_the_error_over_prompts(
+    policy, ref, colours
+):
+    """At temperature 0 all responses to a prompt are one: four times as many tell nothing new."""
+    settings = {"max_new_tokens": T, "temperature": 1e-4}
+    once = estimate_kl(policy, ref, colours, PROMPTS, num_samples=4, **settings)
+    often = estimate_kl(policy, ref, colours, PROMPTS, num_samples=16, **settings)
+    given = estimate_kl(
+        policy, ref, colours, PROMPTS, num_samples=16, estimand="given_prompts", **settings
+    )
+    assert often.estimators["k1"].stderr == pytest.approx(once.estimators["k1"].stderr)
+    assert often.estimators["k1"].stderr > 0
+    assert given.estimators["k1"].stderr == pytest.approx(0, abs=1e-9)
+
+
+def test_sampling_goes_on_until_the_error_is_small_enough_or_the_limit_is_reached(
+    policy, ref, colours
+):
+    settings = {"max_new_tokens": T, "estimand": "given_prompts", "num_samples": 64}
+    first = estimate_kl(policy, ref, colours, PROMPTS, **settings)
+    wanted = first.estimators["rb"].stderr / 2
+    reached = estimate_kl(policy, ref, colours, PROMPTS, target_stderr=wanted, **settings)
+    assert reached.estimators["rb"].stderr <= wanted
+    assert 64 < reached.n < 64 * 16
+    assert not any("not yet" in note for note in reached.notes)
+    stopped = estimate_kl(
+        policy, ref, colours, PROMPTS, target_stderr=wanted / 1e6, max_samples=128, **settings
+    )
+    assert stopped.n == 128
+    assert any("not yet" in note for note in stopped.notes)
+
+
+# --- what it does not depend on -----------------------------------------------------------------
+
+
+def test_memory_does_not_grow_with_the_number_of_samples(policy, ref, colours):
+    run = estimation(policy, ref, colours, limit=64 * 20)
+    sizes = []
+    while not run.done:
+        run.step()
+        sizes.append(len(pickle.dumps((run.accumulator, run.vocabulary.contribution))))
+    assert len(sizes) == 20
+    assert len(run.samples) == 8
+    assert len(run.vocabulary.contexts) <= 10
+    assert max(sizes[1:]) - min(sizes[1:]) < 64  # counts of more digits
+
+
+def test_a_report_can_be_had_at_any_time(policy, ref, colours):
+    run = estimation(policy, ref, colours, limit=128)
+    with pytest.raises(ValueError, match="no response yet"):
+        run.report()
+    run.step()
+    assert run.report(interrupted=True).n == 64
+    assert run.report(interrupted=True).interrupted
+    run.step()
+    assert run.done
+    assert run.report().n == 128
+
+
+def test_an_adapter_switched_off_is_the_base(policy, colours, make_lm):
+    adapted = get_peft_model(
+        policy,
+        LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM"),
+    ).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    settings = {"num_samples": 64, "max_new_tokens": T}
+    switched = estimate_kl(adapted, None, colours, PROMPTS, **settings)
+    base = make_lm(vocab_size=4, seed=3)
+    assert switched.best.nats_per_response > 0
+    merged = adapted.merge_and_unload()
+    apart = estimate_kl(merged, base, colours, PROMPTS, **settings)
+    assert apart.best.nats_per_response == pytest.approx(switched.best.nats_per_response, rel=1e-4)
+
+
+def test_the_models_are_left_in_the_mode_they_were_in(policy, ref, colours):
+    policy.train()
+    estimate_kl(policy, ref, colours, PROMPTS, num_samples=4, max_new_tokens=T)
+    assert policy.training
+    assert not ref.training
+
+
+# --- where it comes from ------------------------------------------------------------------------
+
+
+def test_the_profile_adds_up_to_the_kl(policy, ref, colours):
+    report = estimate_kl(policy, ref, colours, PROMPTS, num_samples=256, max_new_tokens=T)
+    profile = report.profile
+    whole = sum(k * share for k, share in zip(profile.kl, profile.responses, strict=True))
+    assert whole == pytest.approx(report.best.nats_per_response)
+    assert profile.responses[0] == 1.0
+
+
+def test_tokens_shares_are_the_whole_kl_and_never_negative(policy, ref, colours):
+    report = estimate_kl(policy, ref, colours, PROMPTS, num_samples=256, max_new_tokens=T)
+    assert sum(token.share for token in report.top_tokens) == pytest.approx(1.0)
+    assert sum(token.policy for token in report.top_tokens) == pytest.approx(1.0)
+    assert min(token.share for token in report.top_tokens) >= 0
+
+
+def test_contexts_are_the_prefixes_with_the_largest_kl(policy, ref, colours, enumerated_kl):
+    report = estimate_kl(policy, ref, colours, PROMPTS, num_samples=256, max_new_tokens=T)
+    values = [context.kl for context in report.contexts]
+    assert values == sorted(values, reverse=True)
+    there = enumerated_kl(policy, ref, [report.contexts[0].text], 1)
+    assert values[0] == pytest.approx(there, rel=1e-4)
+    assert len({context.text for context in report.contexts}) == len(values)
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"num_samples": 0}, "limit=0: must be at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"batch_size": -1}, "batch_size=-1"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"temperature": math.nan}, "temperature=nan"),
+        ({"target_stderr": -1.0}, "target_stderr=-1.0"),
+        ({"headline": "k9"}, "headline='k9': use one of k1"),
+        ({"max_new_tokens": 100}, "the models take 64 in all"),
+        ({"prompts": []}, "no prompts"),
+        ({"prompts": ["red", ""]}, "prompt 1 is empty"),
+        ({"estimand": "everything"}, "everything"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(policy, ref, colours, settings, complaint):
+    given = {"prompts": PROMPTS, "max_new_tokens": T} | settings
+    with pytest.raises(ValueError, match=complaint):
+        estimate_kl(policy, ref, colours, **given)
+
+
+def test_a_policy_without_reference_needs_an_adapter(policy, colours):
+    with pytest.raises(ValueError, match="needs a ref_model"):
+        estimate_kl(policy, None, colours, PROMPTS)
+
+
+def test_the_estimand_is_named(policy, ref, colours):
+    report = estimate_kl(policy, ref, colours, PROMPTS, num_samples=8, max_new_tokens=T)
+    assert report.estimand is Estimand.POPULATION
+    assert report.units == len(PROMPTS)
