@@ -95,7 +95,7 @@ class Estimator(ABC):
             mask: True = response token. Padding may hold anything, nan and invalid ids included.
 
         Returns:
-            `[B, T]` nats, 0 where masked; differentiable in policy_logp.
+            `[B, T]` nats, 0 where masked; differentiable in both log-probabilities.
         """
 
 
@@ -172,10 +172,7 @@ class RaoBlackwellEstimator(Estimator):
         tokens: Int[Tensor, "B T"],
         mask: Bool[Tensor, "B T"],
     ) -> Float[Tensor, "B T"]:
-        """D_t, whatever token was sampled, `[B, T]` nats, 0 where masked; see `Estimator`.
-
-        Differentiable in policy_logp; ref_logp is treated as constant.
-        """
+        """D_t, whatever token was sampled, `[B, T]` nats, 0 where masked; see `Estimator`."""
         real = mask.unsqueeze(-1)
         # Masked before the formula: equal distributions have KL 0, and no nan reaches the gradient.
         return self.from_distributions(
@@ -185,10 +182,7 @@ class RaoBlackwellEstimator(Estimator):
     def from_distributions(
         self, policy_logp: Float[Tensor, "*shape V"], ref_logp: Float[Tensor, "*shape V"]
     ) -> Float[Tensor, "*shape"]:
-        """D_t from log-probabilities or logits; `rlkl.kl.fused` has it from hidden states.
-
-        Differentiable in policy_logp; ref_logp is treated as constant.
-        """
+        """D_t from log-probabilities or logits; `rlkl.kl.fused` has it from hidden states."""
         return reverse_kl(policy_logp, ref_logp)
 
 
