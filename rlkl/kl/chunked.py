@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlkl.kl.adaptive import HeadTailGaps, head_tail_gaps
+from rlkl.kl.adaptive import HeadRule, HeadTailGaps, head_tail_gaps
 from rlkl.kl.fused import TokenStats
 
 _CHUNK_ELEMENTS = 2_000_000
@@ -48,6 +48,7 @@ def divergence_stats(
     vocab_size: int | None = None,
     chunk_size: int | None = None,
     head_mass: float = 0.5,
+    head_rule: HeadRule = "within",
 ) -> DivergenceStats:
     """Measures every one of `divergences` on the same positions, at temperature 1.
 
@@ -63,6 +64,7 @@ def divergence_stats(
         vocab_size: use only the first rows of both heads (the rest pads the vocabulary).
         chunk_size: tokens multiplied at once; default about two million logits.
         head_mass: the teacher's probability that makes the head, for the gaps.
+        head_rule: which tokens that is; see `rlkl.kl.adaptive`.
 
     Example:
         >>> from rlkl.kl import DIVERGENCES
@@ -79,7 +81,7 @@ def divergence_stats(
         student = _logits(student_hidden[rows], student_head, student_bias, vocab_size)
         teacher = _logits(teacher_hidden[rows], teacher_head, teacher_bias, vocab_size)
         stats = _token_stats(student, teacher, tokens[rows], student.new_zeros(len(student)))
-        gaps = head_tail_gaps(student, teacher, head_mass=head_mass)
+        gaps = head_tail_gaps(student, teacher, head_mass=head_mass, head_rule=head_rule)
         values = [divergence(student, teacher) for divergence in divergences.values()]
         parts.append([stats.policy_logp, stats.ref_logp, stats.entropy, *gaps, *values])
     logp, ref_logp, entropy, head, tail, *values = (
