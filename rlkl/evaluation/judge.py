@@ -39,7 +39,7 @@ class Judgement:
 
     @property
     def failed(self) -> int:
-        """Responses without a valid verdict. They are left out of the means: report their number."""
+        """Responses without a valid verdict: left out of the means, so report their number."""
         return sum(verdict is None for verdict in self.verdicts)
 
     def mean(self, name: str) -> MeanStderr:

@@ -220,7 +220,7 @@ class DistillTrainer(Trainer):
                 gemm_dtype=args.gemm_dtype,
             )
             loss = loss + ce_weight * cross_entropy
-        parts["loss/cross_entropy"] = float(cross_entropy)
+        parts["loss/cross_entropy"] = float(cross_entropy.detach())
         return loss, parts
 
     @torch.no_grad()
