@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
@@ -144,6 +142,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=2.0, help="on the logits")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/akl_toy"))
     args = parser.parse_args()
+    matplotlib.use("Agg")
     if args.steps < 10 or not args.learning_rate > 0:
         fail("--steps must be at least 10 and --learning_rate positive")
     experiments = run(args.steps, args.learning_rate)
