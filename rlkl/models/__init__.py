@@ -9,6 +9,7 @@ from rlkl.models.language_model import (
     position_ids,
     response_hidden,
 )
+from rlkl.models.output_head import output_head
 from rlkl.models.reference import frozen_copy, reference_model
 from rlkl.models.tokenizers import check_same_tokenizer, load_tokenizer
 
@@ -21,6 +22,7 @@ __all__ = [
     "linear_head",
     "load_causal_lm",
     "load_tokenizer",
+    "output_head",
     "position_ids",
     "reference_model",
     "response_hidden",
