@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 import rlkl
+from rlkl.cli.distill import distill
 from rlkl.cli.errors import fail
 
 app = typer.Typer(
@@ -13,6 +14,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+# Its settings are a training configuration's, --help included: they are read from what follows.
+app.command(
+    "distill",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True},
+)(distill)
 
 
 def _print_version(wanted: bool) -> None:

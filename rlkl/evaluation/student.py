@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerBase
 
 from rlkl.evaluation.judge import Judge
 from rlkl.evaluation.text import distinct_n, rouge_l, self_bleu
-from rlkl.kl import DIVERGENCES
 from rlkl.rollout import (
     Responses,
     divergence_statistics,
@@ -17,7 +16,6 @@ from rlkl.rollout import (
     sample_responses,
     summarise_divergences,
 )
-from rlkl.rollout.divergence import Divergences
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,6 @@ def evaluate_student(
     max_new_tokens: int,
     *,
     judge: Judge | None = None,
-    divergences: Divergences = DIVERGENCES,
     max_prompt_length: int | None = None,
     temperature: float = 1.0,
     seed: int = 0,
@@ -63,7 +60,6 @@ def evaluate_student(
         completions: references to them.
         max_new_tokens: longest response, given or sampled.
         judge: scores the samples, where there is one.
-        divergences: which are measured.
         max_prompt_length: longest prompt in tokens.
         temperature: of sampling; divergences are at 1.
         seed: of the draws.
@@ -103,7 +99,6 @@ def evaluate_student(
             student,
             teacher,
             responses,
-            divergences=divergences,
             vocab_size=vocab_size,
             batch_size=batch_size,
             on_batch=on_batch,

@@ -1,6 +1,6 @@
 """How far a student is from its teacher on responses: every divergence, gaps, log-probabilities."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -16,10 +16,8 @@ from rlkl.kl import (
 )
 from rlkl.kl.adaptive import HeadRule
 from rlkl.kl.chunked import DivergenceStats, divergence_stats
-from rlkl.models import linear_head, response_hidden
+from rlkl.models import output_head, response_hidden
 from rlkl.rollout.records import Responses, scatter_tokens
-
-Divergences = Mapping[str, Callable[[Tensor, Tensor], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def divergence_statistics(
     teacher: nn.Module,
     responses: Responses,
     *,
-    divergences: Divergences = DIVERGENCES,
+    names: Sequence[str] = tuple(DIVERGENCES),
     head_mass: float = 0.5,
     head_rule: HeadRule = "within",
     vocab_size: int | None = None,
@@ -80,7 +78,7 @@ def divergence_statistics(
         student: the model that learns, in eval mode.
         teacher: the model that it learns from, in eval mode; same tokenizer.
         responses: given or sampled.
-        divergences: functions of student's and teacher's logits, by name.
+        names: which of `rlkl.kl.DIVERGENCES`.
         head_mass: probability that makes the teacher's head.
         head_rule: which tokens that is; see `rlkl.kl.adaptive`.
         vocab_size: real tokens, where the heads are padded to different sizes.
@@ -101,7 +99,7 @@ def divergence_statistics(
             hidden_statistics(
                 *zip((student, teacher), hidden, strict=True),
                 batch.tokens[batch.mask],
-                divergences=divergences,
+                names=names,
                 head_mass=head_mass,
                 head_rule=head_rule,
                 vocab_size=vocab_size,
@@ -117,22 +115,19 @@ def hidden_statistics(
     teacher: tuple[nn.Module, Tensor],
     tokens: Tensor,
     *,
-    divergences: Divergences = DIVERGENCES,
+    names: Sequence[str] = tuple(DIVERGENCES),
     head_mass: float = 0.5,
     head_rule: HeadRule = "within",
     vocab_size: int | None = None,
 ) -> DivergenceStats:
     """The same from hidden states [N, H] at hand, each beside its model."""
-    heads = [linear_head(model) for model, _ in (student, teacher)]
     return divergence_stats(
         student[1],
-        heads[0].weight,
+        output_head(student[0]),
         teacher[1],
-        heads[1].weight,
+        output_head(teacher[0]),
         tokens,
-        divergences,
-        student_bias=heads[0].bias,
-        teacher_bias=heads[1].bias,
+        names,
         vocab_size=vocab_size,
         head_mass=head_mass,
         head_rule=head_rule,

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.integrations import WandbCallback
 from transformers.trainer_utils import TrainOutput
 
-from rlkl.kl import TokenStats, fused_logp_loss, future_kl
-from rlkl.kl.chunked import chunked_token_loss
-from rlkl.models import linear_head, response_hidden
+from rlkl.kl import TokenStats, fused_logp_loss, fused_token_loss, future_kl
+from rlkl.kl.chunked import vocabulary_of
+from rlkl.models import output_head, response_hidden
 from rlkl.rollout import Responses, sample_responses
 from rlkl.rollout.divergence import (
     DivergenceRecord,
@@ -209,13 +209,11 @@ class DistillTrainer(Trainer):
         parts = {"loss/divergence": float(stats.kl.mean()) * args.temperature**2}
         cross_entropy = torch.zeros_like(loss)
         if ce_weight > 0:
-            head = linear_head(self.model)
             cross_entropy, _ = fused_logp_loss(
                 lambda stats: -stats.policy_logp.sum() / count,
                 student,
-                head.weight,
+                output_head(self.model),
                 tokens,
-                policy_bias=head.bias,
                 vocab_size=self.vocab_size,
                 gemm_dtype=args.gemm_dtype,
             )
@@ -234,20 +232,18 @@ class DistillTrainer(Trainer):
     def _token_loss(
         self, loss_fn: Any, student: Tensor, teacher: Tensor, tokens: Tensor, *per_token: Tensor
     ) -> tuple[Tensor, TokenStats]:
-        heads = linear_head(self.model), linear_head(self.teacher)
-        return chunked_token_loss(
+        return fused_token_loss(
             loss_fn,
             student,
-            heads[0].weight,
+            output_head(self.model),
             teacher,
-            heads[1].weight,
+            output_head(self.teacher),
             tokens,
             *per_token,
             divergence=self.divergence,
-            student_bias=heads[0].bias,
-            teacher_bias=heads[1].bias,
             temperature=self.args.temperature,
             vocab_size=self.vocab_size,
+            gemm_dtype=self.args.gemm_dtype,
         )
 
     def measure(self, responses: Responses, student: Tensor, teacher: Tensor) -> dict[str, float]:
@@ -344,10 +340,8 @@ def shared_vocabulary(
     Raises:
         ValueError: a head has fewer rows than the tokenizer has tokens.
     """
-    sizes = {
-        "student": len(linear_head(student).weight),
-        "teacher": len(linear_head(teacher).weight),
-    }
+    models = {"student": student, "teacher": teacher}
+    sizes = {name: vocabulary_of(output_head(model)) for name, model in models.items()}
     for name, rows in sizes.items():
         if rows < len(tokenizer):
             raise ValueError(
