@@ -237,9 +237,7 @@ def warmed_up(
     )
     with Progress(console=console, transient=True) as progress:
         for _ in progress.track(range(steps), description=f"warm-up, seed {seed}"):
-            rows = torch.randint(
-                len(data), (args.per_device_train_batch_size,), generator=generator
-            )
+            rows = torch.randint(len(data), (batch_size,), generator=generator)
             batch = data[rows.tolist()]
             prompts, completions = batch.get("prompt"), batch.get("completion", batch.get("text"))
             responses = given_responses(tokenizer, prompts, completions, args.response_length)
@@ -289,9 +287,7 @@ def run(
         config,
         train_data,
         tokenizer,
-        eval_dataset=held_out.select(
-            range(min(len(held_out), 2 * args.per_device_eval_batch_size))
-        ),
+        eval_dataset=held_out.select(range(min(len(held_out), 64))),
         callbacks=[
             RichProgress(title=f"{NAMES[loss]}, seed {seed}", describe=both_directions),
             StopOnInterrupt(),

@@ -18,11 +18,7 @@ def distill(
     """Trains a student to have its teacher's next-token distributions, and measures it.
 
     Off-policy, teacher-generated or on-policy; prompt and completion, instructions or plain text.
-
-    \b
-    rlkl distill --config recipes/distill_instruct.yaml --loss akl --seed 1
-    rlkl distill --model_name_or_path gpt2 --teacher_model_name_or_path gpt2-large \\
-        --train_data train.jsonl --eval_data eval.jsonl --output_dir runs/mine --max_steps 500
+    Example: rlkl distill --config recipes/distill_instruct.yaml --loss akl --seed 1
     """
     sys.argv = ["rlkl distill", *(settings or [])]
     from rlkl.cli.distill_run import run

@@ -1,5 +1,14 @@
-"""What `rlkl distill` does: settings, student and teacher, training, held-out evaluation, summary."""
+"""Distillation of a causal LM: a student learns its teacher's next-token distributions.
 
+    rlkl distill --config recipes/distill_instruct.yaml --loss akl --seed 1
+    rlkl distill --model_name_or_path gpt2 --teacher_model_name_or_path gpt2-large \\
+        --train_data train.jsonl --eval_data eval.jsonl --output_dir runs/mine --max_steps 500
+
+Data: prompt and completion, instructions, or plain text. Settings come from the YAML file, then
+from the command line. A run that was stopped goes on when the same command is given again.
+"""
+
+import argparse
 import json
 import os
 import warnings
@@ -71,7 +80,8 @@ def run() -> None:
     with refusing_bad_input():
         parser = SettingsParser(
             (DistillArguments, DistillConfig, ModelConfig),  # pyright: ignore[reportArgumentType]
-            description="Distillation of a causal LM; see recipes/distill_instruct.yaml.",
+            description=__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         task, args, model_args = parser.parse()
         logging.set_verbosity_error()
