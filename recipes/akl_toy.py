@@ -28,6 +28,7 @@ from rlkl.kl.fitting import Fit, fit_policy, gaussian_mixture, long_tail
 
 TARGETS = {"two Gaussians": gaussian_mixture, "long tail": long_tail}
 LOSSES = {"FKL": forward_kl, "RKL": reverse_kl, "AKL": adaptive_kl}
+STEPS, LEARNING_RATE = 3000, 2.0
 COLORS = {"FKL": "tab:blue", "RKL": "tab:red", "AKL": "tab:green"}
 
 
@@ -138,8 +139,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=3000, help="steps of gradient descent")
-    parser.add_argument("--learning_rate", type=float, default=2.0, help="on the logits")
+    parser.add_argument("--steps", type=int, default=STEPS, help="steps of gradient descent")
+    parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE, help="on the logits")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/akl_toy"))
     args = parser.parse_args()
     matplotlib.use("Agg")

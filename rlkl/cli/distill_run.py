@@ -1,7 +1,7 @@
-"""Distillation of a causal LM: a student learns its teacher's next-token distributions.
+r"""Distillation of a causal LM: a student learns its teacher's next-token distributions.
 
     rlkl distill --config recipes/distill_instruct.yaml --loss akl --seed 1
-    rlkl distill --model_name_or_path gpt2 --teacher_model_name_or_path gpt2-large \\
+    rlkl distill --model_name_or_path gpt2 --teacher_model_name_or_path gpt2-large \
         --train_data train.jsonl --eval_data eval.jsonl --output_dir runs/mine --max_steps 500
 
 Data: prompt and completion, instructions, or plain text. Settings come from the YAML file, then

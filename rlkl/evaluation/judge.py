@@ -156,14 +156,16 @@ class Judge:
         if self.cache is None or not self.cache.is_file():
             return {}
         lines = self.cache.read_text().splitlines(keepends=True)
-        whole = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be cut
-        return {row["key"]: Verdict(**row) for row in whole}
+        if lines and not lines[-1].endswith("\n"):  # a killed run cut its last line
+            del lines[-1]
+            self.cache.write_text("".join(lines))
+        rows = map(json.loads, lines)
+        return {row["key"]: Verdict(**row) for row in rows}
 
     def _append(self, verdict: Verdict) -> None:
         if self.cache is not None:
-            cut = self.cache.is_file() and not self.cache.read_bytes().endswith((b"\n", b""))
             with self.cache.open("a") as file:
-                file.write(("\n" if cut else "") + json.dumps(asdict(verdict)) + "\n")
+                file.write(json.dumps(asdict(verdict)) + "\n")
 
 
 def parse_verdict(answer: str) -> dict[str, int] | None:
