@@ -168,7 +168,6 @@ def test_an_endpoint_that_is_not_there_or_refuses_is_named(make_judge, endpoint)
     with pytest.raises(ValueError, match=r"the judge at http://127.* refused: .*401"):
         make_judge()(["p"], ["a"])
     judge = make_judge(url="http://127.0.0.1:9/v1")
-    judge.client.close()
     judge.client = judge.client.with_options(max_retries=0)
     with pytest.raises(ValueError, match=r"no judge answers at http://127\.0\.0\.1:9/v1"):
         judge(["p"], ["a"])
