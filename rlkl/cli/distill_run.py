@@ -206,7 +206,9 @@ def _evaluate(
     console: Console,
 ) -> StudentEvaluation:
     with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task(f"held out: {name}", total=2 * len(data))
+        answered = sum(bool(completion.strip()) for completion in data["completion"])
+        total = (2 if judge is None else 3) * len(data) + answered
+        bar = progress.add_task(f"held out: {name}", total=total)
         with refusing_bad_input():  # a judge that does not answer
             return evaluate_student(
                 trainer.model,

@@ -65,8 +65,9 @@ def evaluate_student(
         seed: of the draws.
         batch_size: responses per pass.
         vocab_size: real tokens, where the heads are padded to different sizes.
-        on_batch: called with the number of responses done, three times for each prompt (once
-            sampled, once as the student's own and once as given), for a progress bar.
+        on_batch: called with the number of responses done, for a progress bar: each prompt counts
+            once when sampled, once when the sample is measured, once for its completion if it has
+            one, once for the judge's verdict if there is a judge.
     """
     was_training = student.training
     student.eval()
@@ -110,7 +111,7 @@ def evaluate_student(
         nll = torch.tensor(metrics["held_out/student/nll_per_token"])
         metrics["perplexity"] = float(nll.exp())
     if judge is not None:
-        judgement = judge(samples.prompts, samples.texts)
+        judgement = judge(samples.prompts, samples.texts, on_verdict=on_batch)
         metrics["judge/failed"] = float(judgement.failed)
         if judgement.failed < len(samples):
             for name in ("quality", "diversity"):

@@ -73,7 +73,7 @@ class FixedJudge:
     def __init__(self, verdicts):
         self.verdicts, self.asked = verdicts, []
 
-    def __call__(self, prompts, responses):
+    def __call__(self, prompts, responses, on_verdict=None):
         self.asked += zip(prompts, responses, strict=True)
         return Judgement(self.verdicts)
 
