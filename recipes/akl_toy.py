@@ -28,7 +28,7 @@ from rlkl.kl.fitting import Fit, fit_policy, gaussian_mixture, long_tail
 
 TARGETS = {"two Gaussians": gaussian_mixture, "long tail": long_tail}
 LOSSES = {"FKL": forward_kl, "RKL": reverse_kl, "AKL": adaptive_kl}
-STEPS, LEARNING_RATE = 3000, 2.0
+STEPS, LEARNING_RATE = 1000, 2.0
 COLORS = {"FKL": "tab:blue", "RKL": "tab:red", "AKL": "tab:green"}
 
 

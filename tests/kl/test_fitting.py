@@ -35,7 +35,7 @@ def experiments(toy) -> dict:
 def test_both_directions_converge_to_the_same_target(name, experiments):
     for fit in experiments[name].fits.values():
         total = fit.head_error + fit.tail_error
-        assert total[-1] < 0.01 * total[0]
+        assert total[-1] < 0.02 * total[0]
 
 
 def test_on_two_gaussians_forward_kl_leads_on_the_head_and_reverse_on_the_tail_early(experiments):
