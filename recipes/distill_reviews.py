@@ -34,7 +34,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -55,6 +55,7 @@ from rlkl.models import load_causal_lm, load_tokenizer, output_head, response_hi
 from rlkl.rollout import given_responses, sample_responses
 from rlkl.trainers import DistillConfig, DistillTrainer, RichProgress, StopOnInterrupt
 from rlkl.trainers.distill_metrics import both_directions
+from rlkl.trainers.run_config import RunArguments
 
 HERE = Path(__file__).parent
 NAMES = {
@@ -143,6 +144,7 @@ def quiet() -> None:
     """Leaves the screen to the recipe."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    disable_progress_bars()
     warnings.filterwarnings("ignore", module="torch|transformers|accelerate|datasets")
 
 
@@ -150,7 +152,7 @@ def check_settings(output_dir: Path, task: ReviewsArguments, args: DistillConfig
     """Keeps the settings that runs must share; refuses a folder that holds runs with others."""
     free = ("losses", "seeds", "threads")
     shared: dict[str, Any] = {k: v for k, v in asdict(task).items() if k not in free}
-    own = {f.name for f in fields(DistillConfig)} - {f.name for f in fields(DistillConfig.__base__)}
+    own = {f.name for f in fields(DistillConfig)} - {f.name for f in fields(RunArguments)}
     own |= {"max_steps", "learning_rate", "per_device_train_batch_size", "eval_steps"}
     shared |= {name: getattr(args, name) for name in sorted(own - {"loss"})}
     shared = json.loads(json.dumps(shared))
@@ -239,7 +241,8 @@ def warmed_up(
         for _ in progress.track(range(steps), description=f"warm-up, seed {seed}"):
             rows = torch.randint(len(data), (batch_size,), generator=generator)
             batch = data[rows.tolist()]
-            prompts, completions = batch.get("prompt"), batch.get("completion", batch.get("text"))
+            prompts = batch.get("prompt")
+            completions = batch["text"] if prompts is None else batch["completion"]
             responses = given_responses(tokenizer, prompts, completions, args.response_length)
             length = responses.tokens.shape[1]
             with torch.autocast("cpu", torch.bfloat16, enabled=bool(args.bf16)):
@@ -294,7 +297,7 @@ def run(
         ],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.evaluate()
+    before = trainer.evaluate()
     trainer.train()
     if trainer.state.global_step < trainer.state.max_steps:
         return None
@@ -320,7 +323,7 @@ def run(
                 "fkl": log["eval_divergence/fkl"],
                 "rkl": log["eval_divergence/rkl"],
             }
-            for log in trainer.state.log_history
+            for log in [{"step": 0, **before}, *trainer.state.log_history]
             if "eval_divergence/fkl" in log
         ],
         "samples": evaluation.samples.texts[:3],
@@ -332,7 +335,7 @@ def report(output_dir: Path, records: list[dict[str, Any]], console: Console) ->
     losses = list(dict.fromkeys(record["loss"] for record in records))
     seeds = sorted({record["seed"] for record in records})
     by_loss = {loss: {r["seed"]: r for r in records if r["loss"] == loss} for loss in losses}
-    table = Table(title=f"Held-out prompts, mean ± standard error over {len(seeds)} seeds")
+    table = Table(title=f"Held-out prompts, mean ± standard error; seeds: {len(seeds)}")
     for name in ("loss", *(title for title, _ in COLUMNS.values()), "seconds"):
         table.add_column(name, justify="left" if name == "loss" else "right")
     summary: dict[str, Any] = {"seeds": seeds, "losses": {}, "akl_minus": {}}

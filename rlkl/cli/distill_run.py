@@ -19,7 +19,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -86,6 +86,7 @@ def run() -> None:
         task, args, model_args = parser.parse()
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+        disable_progress_bars()
         warnings.filterwarnings("ignore", module="torch|transformers|accelerate|datasets")
         if task.threads is not None:
             torch.set_num_threads(task.threads)

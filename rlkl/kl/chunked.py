@@ -75,8 +75,7 @@ def divergence_stats(
         tensor([0.1120, 0.1120])
     """
     parts: list[list[Tensor]] = []
-    sizes = [vocabulary_of(head) for head in (student_head, teacher_head)]
-    vocab_size = _vocabulary(*sizes, vocab_size)
+    vocab_size = _vocabulary(vocabulary_of(student_head), vocabulary_of(teacher_head), vocab_size)
     heads = _widened(student_head), _widened(teacher_head)
     for rows in _chunks(len(tokens), vocab_size, chunk_size):
         student = _logits(heads[0], student_hidden[rows], vocab_size).log_softmax(-1)

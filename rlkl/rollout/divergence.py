@@ -91,13 +91,14 @@ def divergence_statistics(
         batch = responses.rows(rows)
         length = batch.tokens.shape[1]
         with autocast():
-            hidden = [
+            student_hidden, teacher_hidden = (
                 response_hidden(model, batch.input_ids, batch.attention_mask, length)[batch.mask]
                 for model in (student, teacher)
-            ]
+            )
         parts.append(
             hidden_statistics(
-                *zip((student, teacher), hidden, strict=True),
+                (student, student_hidden),
+                (teacher, teacher_hidden),
                 batch.tokens[batch.mask],
                 names=names,
                 head_mass=head_mass,

@@ -109,7 +109,7 @@ class DistillTrainer(Trainer):
         )
         if self.pop_callback(WandbCallback) is not None:
             self.add_callback(WandbMirror)
-        self.teacher.to(args.device)
+        self.teacher.to(args.device)  # pyright: ignore[reportArgumentType] (decorated)
 
     # ---- one step --------------------------------------------------------------------------------
 
@@ -289,7 +289,9 @@ class DistillTrainer(Trainer):
 
         The randomness is the same at every call, so that evaluations differ by the student alone.
         """
-        data = cast(Dataset, self.eval_dataset if eval_dataset is None else eval_dataset)
+        data = cast(Dataset | None, self.eval_dataset if eval_dataset is None else eval_dataset)
+        if data is None:
+            raise ValueError("evaluate needs texts: pass eval_dataset here or to the trainer")
         check_texts(data, completions=True)
         self.model.eval()
         inputs = {name: list(data[name]) for name in data.column_names}
@@ -366,13 +368,13 @@ def prompts_of(inputs: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> li
     return [str(tokenizer.bos_token)] * len(inputs["text"])
 
 
-def check_texts(data: Any, completions: bool) -> None:
+def check_texts(data: Dataset, completions: bool) -> None:
     """Refuses a dataset without the columns that are needed, or with an empty text in them.
 
     Raises:
         ValueError: says which column, or which row.
     """
-    columns = [] if data is None else data.column_names
+    columns = data.column_names
     if "text" in columns and "prompt" not in columns:
         needed = ["text"]
     else:
@@ -381,7 +383,7 @@ def check_texts(data: Any, completions: bool) -> None:
     if missing:
         raise ValueError(
             f"a dataset with the columns 'prompt' and 'completion', or 'text', is needed; "
-            f"it has {columns or None}"
+            f"it has {columns}"
         )
     for name in needed:
         empty = [i for i, text in enumerate(data[name]) if not text.strip()]
