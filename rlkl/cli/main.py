@@ -7,6 +7,7 @@ import typer
 
 import rlkl
 from rlkl.cli.audit import audit
+from rlkl.cli.distill import distill
 from rlkl.cli.errors import fail
 from rlkl.cli.kl import kl
 
@@ -16,6 +17,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("audit")(audit)
+
+
+# Its settings are a training configuration's, --help included: they are read from what follows.
+app.command(
+    "distill",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True},
+)(distill)
 
 
 def _print_version(wanted: bool) -> None:

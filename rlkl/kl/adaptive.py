@@ -78,11 +78,21 @@ def adaptive_kl(
         0.1373
     """
     policy_logp, ref_logp = log_softmax_pair(policy_logits, ref_logits, temperature)
-    w = _gaps(policy_logp, ref_logp, head_mass, head_rule).forward_weight
+    w = gaps_of_logp(policy_logp, ref_logp, head_mass, head_rule).forward_weight
     if flipped:
         w = 1 - w
-    forward, reverse = kl_of_logp(ref_logp, policy_logp), kl_of_logp(policy_logp, ref_logp)
-    # 0 · inf: an infinite part of no weight does not count.
+    return weighted_kl(kl_of_logp(ref_logp, policy_logp), kl_of_logp(policy_logp, ref_logp), w)
+
+
+def weighted_kl(
+    forward: Float[Tensor, "*batch"], reverse: Float[Tensor, "*batch"], w: Float[Tensor, "*batch"]
+) -> Float[Tensor, "*batch"]:
+    """W · forward + (1 - w) · reverse, in which an infinite part of no weight does not count.
+
+    Example:
+        >>> weighted_kl(torch.tensor(torch.inf), torch.tensor(2.0), torch.tensor(0.0))
+        tensor(2.)
+    """
     return torch.where(w > 0, w * forward, 0.0) + torch.where(w < 1, (1 - w) * reverse, 0.0)
 
 
@@ -105,7 +115,8 @@ def head_tail_gaps(
         >>> print(f"{head:.2f} {tail:.2f}")
         0.10 0.10
     """
-    return _gaps(*log_softmax_pair(policy_logits, ref_logits, temperature), head_mass, head_rule)
+    policy_logp, ref_logp = log_softmax_pair(policy_logits, ref_logits, temperature)
+    return gaps_of_logp(policy_logp, ref_logp, head_mass, head_rule)
 
 
 def reference_head(
@@ -136,9 +147,10 @@ def reference_head(
 
 
 @torch.no_grad()
-def _gaps(
+def gaps_of_logp(
     policy_logp: Tensor, ref_logp: Tensor, head_mass: float, head_rule: HeadRule
 ) -> HeadTailGaps:
+    """`head_tail_gaps` of log-probabilities."""
     gap = (ref_logp.exp() - policy_logp.exp()).abs()
     in_head = reference_head(ref_logp, head_mass, head_rule)
     return HeadTailGaps(

@@ -148,9 +148,9 @@ def jensen_shannon(
 ) -> Float[Tensor, "*batch"]:
     """JS(w) = w D_KL(ref ‖ m) + (1 - w) D_KL(policy ‖ m), m = w q + (1 - w) π, in nats.
 
-    At w = ½ the Jensen-Shannon divergence. Continuous in w on the whole of [0, 1]: it falls to 0 at
-    both ends, in proportion to w(1 - w). Divided by that (`scaled`) it runs from forward_kl at w = 0
-    to reverse_kl at w = 1, both ends included.
+    At w = ½ the Jensen-Shannon divergence. Continuous in w on the whole of [0, 1]: it falls to 0
+    at both ends, in proportion to w(1 - w). Divided by that (`scaled`) it runs from forward_kl at
+    w = 0 to reverse_kl at w = 1, both ends included.
 
     Reference: On-Policy Distillation of Language Models (Agarwal et al., 2023),
     https://arxiv.org/abs/2306.13649, where w is β, the teacher's weight in the mixture. (Code that

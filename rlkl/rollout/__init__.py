@@ -7,21 +7,31 @@ from rlkl.rollout.collect import (
     score_responses,
     token_statistics,
 )
+from rlkl.rollout.divergence import (
+    DivergenceRecord,
+    divergence_statistics,
+    summarise_divergences,
+)
+from rlkl.rollout.given import given_responses
 from rlkl.rollout.records import Responses, Rollout, TokenRecord, scatter_tokens
 from rlkl.rollout.sampling import encode_prompts, sample_responses
 from rlkl.rollout.summary import summarise
 
 __all__ = [
+    "DivergenceRecord",
     "PolicyPass",
     "Responses",
     "Rollout",
     "TokenRecord",
     "collect_rollout",
+    "divergence_statistics",
     "encode_prompts",
+    "given_responses",
     "policy_pass",
     "sample_responses",
     "scatter_tokens",
     "score_responses",
     "summarise",
+    "summarise_divergences",
     "token_statistics",
 ]

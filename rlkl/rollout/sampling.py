@@ -62,8 +62,11 @@ def sample_tokens(
     pad_token_id: int,
     temperature: float,
     generator: torch.Generator,
+    vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Samples y_t ~ softmax(logits / temperature) until end of text or the length limit.
+
+    Only the first `vocab_size` tokens are drawn, where the head is padded beyond them.
 
     Returns:
         tokens [B, T], mask [B, T] and ended [B]; see :class:`rlkl.rollout.Responses`.
@@ -96,7 +99,7 @@ def sample_tokens(
         seen = upto
         with torch.autocast(hidden.device.type, enabled=False):
             logits = head_logits(head, hidden.float()).float()
-        drawn = _draw(logits / temperature, generator)
+        drawn = _draw(logits[:, :vocab_size] / temperature, generator)
         tokens[:, t] = torch.where(ended, pad_token_id, drawn)
         mask[:, t] = ~ended
         ended = ended | torch.isin(drawn, eos)
@@ -144,6 +147,7 @@ def sample_responses(
     generator: torch.Generator,
     batch_size: int = 256,
     max_prompt_length: int | None = None,
+    vocab_size: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Responses:
     """Samples one response to each prompt.
@@ -160,6 +164,7 @@ def sample_responses(
         generator: source of all randomness.
         batch_size: responses sampled together.
         max_prompt_length: longest prompt in tokens; longer ones lose their beginning.
+        vocab_size: real tokens, where the head is padded beyond them; None: all its rows.
         on_batch: called with the number of responses done in each batch, for a progress bar.
     """
     device = causal_lm(model).device
@@ -182,6 +187,7 @@ def sample_responses(
             pad_token_id=pad_token_id,
             temperature=temperature,
             generator=generator,
+            vocab_size=vocab_size,
         )
         tokens[rows, : drawn.shape[1]] = drawn.cpu()
         mask[rows, : drawn.shape[1]] = real.cpu()

@@ -2,21 +2,11 @@
 
 from dataclasses import dataclass, field
 
-import torch
-from transformers import TrainingArguments
-
-
-def bf16_is_fast() -> bool:
-    """Whether this machine multiplies bfloat16 matrices in hardware: an accelerator, or AMX on a
-    CPU.
-    """
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_amx_tile_supported()
+from rlkl.trainers.run_config import RunArguments
 
 
 @dataclass
-class PPOConfig(TrainingArguments):
+class PPOConfig(RunArguments):
     """Settings of :class:`rlkl.trainers.PPOTrainer`; names are TRL's where TRL has one.
 
     One *step* is one whole PPO update: sample, score, measure, several epochs of minibatches.
@@ -101,33 +91,13 @@ class PPOConfig(TrainingArguments):
         default=10, metadata={"help": "Steps between completions tables; 0 for none."}
     )
     num_completions: int = field(default=8, metadata={"help": "Rows of a completions table."})
-    wandb_project: str = field(default="rlkl", metadata={"help": "W&B project."})
-    wandb_group: str | None = field(
-        default=None, metadata={"help": "W&B group; None: estimator and placement."}
-    )
-    wandb_tags: list[str] = field(default_factory=list, metadata={"help": "Further W&B tags."})
 
-    # Defaults of TrainingArguments that differ for on-policy training.
-    logging_steps: float = field(default=1, metadata={"help": "Steps between logs."})
-    bf16: bool | None = field(
-        default=None,
-        metadata={"help": "bf16 autocast of the trunks; None: where the hardware multiplies bf16."},
-    )
+    # Default of TrainingArguments that differs for on-policy training.
     dataloader_drop_last: bool = field(
         default=True, metadata={"help": "Every step has the same number of prompts."}
     )
-    dataloader_pin_memory: bool = field(
-        default=False, metadata={"help": "Batches are lists of texts: nothing to pin."}
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "The prompt column is needed."}
-    )
 
     def __post_init__(self) -> None:
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and bf16_is_fast()  # pyright: ignore[reportIncompatibleVariableOverride]
-        if not torch.accelerator.is_available():
-            self.use_cpu = True  # TrainingArguments refuses bf16 on a CPU that was not asked for
         super().__post_init__()
         positive = (
             "response_length",
@@ -174,14 +144,6 @@ class PPOConfig(TrainingArguments):
                 f"kl_horizon is {self.kl_horizon}; an adaptive β moves by up to 20% in as many "
                 f"responses: use more than a step's {self.responses_per_step}"
             )
-
-    @property
-    def gemm_dtype(self) -> torch.dtype | None:
-        """Precision of the factors in the heads' products: that of the trunks, on a CPU.
-
-        Logits and sums are float32 either way.
-        """
-        return torch.bfloat16 if self.bf16 and self.device.type == "cpu" else None
 
     @property
     def responses_per_step(self) -> int:

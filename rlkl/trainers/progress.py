@@ -1,6 +1,7 @@
-"""A progress bar with reward and KL, and a Ctrl-C that loses nothing."""
+"""A progress bar with what a step measured, and a Ctrl-C that loses nothing."""
 
 import signal
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -8,13 +9,32 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
+def reward_and_kl(logs: dict[str, float]) -> str | None:
+    """What a PPO step measured: reward and KL with their standard errors."""
+    if "objective/scores" not in logs:
+        return None
+    reward, reward_se = logs["objective/scores"], logs["objective/scores_se"]
+    kl, kl_se = logs["kl/rb"], logs["kl/rb_se"]
+    return f"reward {reward:+.2f} ± {reward_se:.2f}   KL {kl:.2f} ± {kl_se:.2f} nats"
+
+
 class RichProgress(TrainerCallback):
-    """One line: steps done, reward and KL of the last step with their standard errors, time
-    left.
+    """One line: steps done, what the last logged step measured, time left.
+
+    Args:
+        console: where to draw; None: standard output.
+        title: what stands before the bar.
+        describe: from a step's log to the text that is shown; None leaves the last one.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        console: Console | None = None,
+        title: str = "PPO",
+        describe: Callable[[dict[str, float]], str | None] = reward_and_kl,
+    ) -> None:
         self.console = console or Console()
+        self.title, self.describe = title, describe
         self.progress: Progress | None = None
 
     def on_train_begin(
@@ -26,7 +46,7 @@ class RichProgress(TrainerCallback):
     ) -> None:
         """Opens the bar."""
         self.progress = progress = Progress(
-            TextColumn("PPO"),
+            TextColumn(self.title),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[measured]}"),
@@ -35,7 +55,7 @@ class RichProgress(TrainerCallback):
         )
         progress.start()
         self.task = progress.add_task(
-            "PPO", total=state.max_steps, completed=state.global_step, measured=""
+            self.title, total=state.max_steps, completed=state.global_step, measured=""
         )
 
     def on_log(
@@ -47,10 +67,8 @@ class RichProgress(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Moves the bar and shows what the step measured."""
-        if self.progress is not None and logs and "objective/scores" in logs:
-            reward, reward_se = logs["objective/scores"], logs["objective/scores_se"]
-            kl, kl_se = logs["kl/rb"], logs["kl/rb_se"]
-            measured = f"reward {reward:+.2f} ± {reward_se:.2f}   KL {kl:.2f} ± {kl_se:.2f} nats"
+        measured = self.describe(logs or {})
+        if self.progress is not None and measured is not None:
             self.progress.update(self.task, completed=state.global_step, measured=measured)
 
     def on_train_end(

@@ -15,7 +15,7 @@ from transformers.integrations import WandbCallback
 from rlkl.kl import sequence_kl
 from rlkl.rollout import Rollout
 from rlkl.rollout.summary import REPORTED_ESTIMATORS, token_kl
-from rlkl.trainers.config import PPOConfig
+from rlkl.trainers.run_config import RunArguments
 
 
 def wandb_mode() -> str:
@@ -28,7 +28,7 @@ def wandb_mode() -> str:
 
 @contextmanager
 def wandb_run(
-    args: PPOConfig, config: dict[str, Any], group: str, tags: list[str], resume: bool = False
+    args: RunArguments, config: dict[str, Any], group: str, tags: list[str], resume: bool = False
 ) -> Iterator[None]:
     """Opens a W&B run for the block if `args.report_to` names wandb and none is open.
 

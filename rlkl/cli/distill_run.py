@@ -1,0 +1,260 @@
+r"""Distillation of a causal LM: a student learns its teacher's next-token distributions.
+
+    rlkl distill --config recipes/distill_instruct.yaml --loss akl --seed 1
+    rlkl distill --model_name_or_path gpt2 --teacher_model_name_or_path gpt2-large \
+        --train_data train.jsonl --eval_data eval.jsonl --output_dir runs/mine --max_steps 500
+
+Data: prompt and completion, instructions, or plain text. Settings come from the YAML file, then
+from the command line. A run that was stopped goes on when the same command is given again.
+"""
+
+import argparse
+import json
+import os
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase, PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+from trl import ModelConfig, get_peft_config
+
+from rlkl.cli.errors import refusing_bad_input
+from rlkl.cli.settings import SettingsParser
+from rlkl.data import load_pairs
+from rlkl.evaluation.judge import JUDGE_PROMPT, Judge
+from rlkl.evaluation.student import StudentEvaluation, evaluate_student
+from rlkl.models import check_same_tokenizer, load_causal_lm, load_tokenizer
+from rlkl.trainers import DistillConfig, DistillTrainer, RichProgress, StopOnInterrupt
+from rlkl.trainers.distill_metrics import both_directions
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class DistillArguments:
+    """Teacher, data and judge, beside DistillConfig (how) and TRL's ModelConfig (the student)."""
+
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or folder; None: the embedded review LM."}
+    )
+    teacher_dtype: str = field(
+        default="float32", metadata={"help": f"Of the teacher's weights: {', '.join(_DTYPES)}."}
+    )
+    train_data: str | None = field(
+        default=None,
+        metadata={"help": "jsonl(.xz), json, csv or hub id: prompt and completion, …, or text."},
+    )
+    eval_data: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Held-out data, likewise; several are reported apart, by file name."},
+    )
+    eval_references: str | None = field(
+        default=None, metadata={"help": "Answers joined by question_id (Vicuna's references)."}
+    )
+    num_eval: int = field(default=256, metadata={"help": "Rows of each held-out set to use."})
+    judge_url: str | None = field(
+        default=None, metadata={"help": "OpenAI-compatible endpoint, up to and with /v1."}
+    )
+    judge_model: str = field(default="default", metadata={"help": "The judge's name there."})
+    judge_prompt: str | None = field(
+        default=None, metadata={"help": "File with {prompt} and {response}; None: the shipped."}
+    )
+    threads: int | None = field(
+        default=None, metadata={"help": "CPU threads; None: torch's choice."}
+    )
+
+
+def run() -> None:
+    """Reads ``sys.argv``, trains, evaluates, prints and writes ``summary.json``."""
+    console = Console()
+    with refusing_bad_input():
+        parser = SettingsParser(
+            (DistillArguments, DistillConfig, ModelConfig),  # pyright: ignore[reportArgumentType]
+            description=__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        task, args, model_args = parser.parse()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        disable_progress_bars()
+        warnings.filterwarnings("ignore", module="torch|transformers|accelerate|datasets")
+        if task.threads is not None:
+            torch.set_num_threads(task.threads)
+        trainer, tokenizer, held_out, judge = _prepare(task, args, model_args, console)
+        output_dir = Path(str(args.output_dir))
+        checkpoint = _unfinished(output_dir, {**asdict(task), **args.to_dict()}, console)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.state.global_step < trainer.state.max_steps:
+        console.print(
+            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; "
+            "the same command goes on from there"
+        )
+        raise SystemExit(130)
+    trainer.save_model(str(output_dir / "student"))
+    tokenizer.save_pretrained(output_dir / "student")
+    summary = {}
+    for name, data in held_out.items():
+        evaluation = _evaluate(name, data, trainer, tokenizer, judge, args, console)
+        summary[name] = evaluation.metrics
+        rows = zip(evaluation.samples.prompts, evaluation.samples.texts, strict=True)
+        lines = (json.dumps({"prompt": p, "response": r}) + "\n" for p, r in rows)
+        (output_dir / f"samples_{name}.jsonl").write_text("".join(lines))
+    (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    _print(summary, console)
+    console.print(
+        f"Written to {output_dir}: student/ (for from_pretrained), metrics.jsonl, summary.json, "
+        "samples_*.jsonl"
+    )
+
+
+def _prepare(
+    task: DistillArguments, args: DistillConfig, model_args: ModelConfig, console: Console
+) -> tuple[DistillTrainer, PreTrainedTokenizerBase, dict[str, Dataset], Judge | None]:
+    """Everything that a user's input can get wrong, before any work."""
+    if task.train_data is None:
+        raise ValueError("train_data is missing: name a file or hub id (--train_data FILE)")
+    if task.teacher_dtype not in _DTYPES:
+        raise ValueError(f"teacher_dtype is {task.teacher_dtype!r}; use {', '.join(_DTYPES)}")
+    train = load_pairs(task.train_data)
+    held_out = {}
+    for source in task.eval_data:
+        data = load_pairs(source, task.eval_references)
+        if "prompt" not in data.column_names:
+            raise ValueError(f"{source} has no prompts: evaluation samples responses to prompts")
+        name = Path(source).name.split(".")[0].replace(":", "-")
+        held_out[name] = data.select(range(min(len(data), task.num_eval)))
+    tokenizer = load_tokenizer(model_args.model_name_or_path)
+    check_same_tokenizer(tokenizer, load_tokenizer(task.teacher_model_name_or_path))
+    teacher = load_causal_lm(
+        task.teacher_model_name_or_path, dtype=getattr(torch, task.teacher_dtype)
+    )
+    student = load_causal_lm(
+        model_args.model_name_or_path, attn_implementation=model_args.attn_implementation
+    )
+    judge = None
+    if task.judge_url is not None:
+        template = Path(task.judge_prompt or JUDGE_PROMPT).read_text()
+        judge = Judge(
+            task.judge_url,
+            task.judge_model,
+            api_key=os.environ.get("OPENAI_API_KEY", "none"),
+            template=template,
+            cache=Path(str(args.output_dir)) / "verdicts.jsonl",
+        )
+    args.disable_tqdm = True  # the progress bar is ours
+    trainer = DistillTrainer(
+        student,
+        teacher,
+        args,
+        train,
+        tokenizer,
+        peft_config=get_peft_config(model_args),
+        callbacks=[
+            RichProgress(console, title=args.loss, describe=both_directions),
+            StopOnInterrupt(),
+        ],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer, tokenizer, held_out, judge
+
+
+def _unfinished(output_dir: Path, settings: dict[str, Any], console: Console) -> str | None:
+    """The last checkpoint of a run with the same settings that was stopped.
+
+    Raises:
+        ValueError: the folder holds a stopped run with other settings.
+    """
+    free = ("output_dir", "logging_dir", "report_to", "run_name", "threads", "save_steps")
+    kept = {k: v for k, v in settings.items() if k not in free and not k.startswith("judge_")}
+    kept = json.loads(json.dumps(kept, default=str))
+    file = output_dir / "settings.json"
+    checkpoint = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    stopped = checkpoint is not None and not (output_dir / "summary.json").is_file()
+    if stopped and file.is_file():
+        earlier = json.loads(file.read_text())
+        differing = [k for k in kept if earlier.get(k) != kept[k]]
+        if differing:
+            key = differing[0]
+            raise ValueError(
+                f"{output_dir} holds an unfinished run with {key}={earlier.get(key)}, not "
+                f"{kept[key]}: choose another --output_dir, or delete that folder"
+            )
+        console.print(f"going on from {checkpoint}")
+        return checkpoint
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "summary.json").unlink(missing_ok=True)
+    file.write_text(json.dumps(kept, indent=2) + "\n")
+    return None
+
+
+def _evaluate(
+    name: str,
+    data: Dataset,
+    trainer: DistillTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    judge: Judge | None,
+    args: DistillConfig,
+    console: Console,
+) -> StudentEvaluation:
+    with Progress(console=console, transient=True) as progress:
+        answered = sum(bool(completion.strip()) for completion in data["completion"])
+        total = (2 if judge is None else 3) * len(data) + answered
+        bar = progress.add_task(f"held out: {name}", total=total)
+        with refusing_bad_input():  # a judge that does not answer
+            return evaluate_student(
+                trainer.model,
+                trainer.teacher,
+                tokenizer,
+                data["prompt"],
+                data["completion"],
+                args.response_length,
+                judge=judge,
+                max_prompt_length=args.max_prompt_length,
+                temperature=args.sampling_temperature,
+                seed=args.seed + 1_000_003,
+                batch_size=args.per_device_eval_batch_size,
+                vocab_size=trainer.vocab_size,
+                on_batch=lambda done: progress.advance(bar, done),
+            )
+
+
+def _print(summary: dict[str, dict[str, float]], console: Console) -> None:
+    """One column a held-out set; ± is a standard error over prompts."""
+    rows = {
+        "held_out/divergence/fkl": "forward KL on the references, nats per token",
+        "held_out/divergence/rkl": "reverse KL on the references, nats per token",
+        "own/divergence/rkl": "reverse KL on its own samples, nats per token",
+        "own/divergence/rkl_per_response": "the same, nats per response",
+        "perplexity": "perplexity of the references",
+        "rouge_l": "ROUGE-L of its samples",
+        "distinct_2": "distinct-2",
+        "self_bleu": "self-BLEU",
+        "judge/quality": "judge: quality, 1 to 10",
+        "judge/diversity": "judge: diversity, 1 to 10",
+        "judge/failed": "judge: answers that do not parse",
+    }
+    table = Table(title="The student on held-out prompts (± is a standard error)")
+    table.add_column("")
+    for name in summary:
+        table.add_column(name, justify="right")
+    for key, label in rows.items():
+        if not any(key in metrics for metrics in summary.values()):
+            continue
+        cells = []
+        for metrics in summary.values():
+            error = metrics.get(f"{key}_se")
+            value = f"{metrics[key]:.3f}" if key in metrics else "–"
+            cells.append(value if error is None else f"{value} ± {error:.3f}")
+        table.add_row(label, *cells)
+    if summary:
+        console.print(table)

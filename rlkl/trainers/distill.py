@@ -1,0 +1,395 @@
+"""Distillation on transformers.Trainer: a student towards its teacher, by any divergence."""
+
+import math
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.integrations import WandbCallback
+from transformers.trainer_utils import TrainOutput
+
+from rlkl.kl import TokenStats, fused_logp_loss, fused_token_loss, future_kl
+from rlkl.kl.chunked import vocabulary_of
+from rlkl.models import output_head, response_hidden
+from rlkl.rollout import Responses, sample_responses
+from rlkl.rollout.divergence import (
+    DivergenceRecord,
+    divergence_statistics,
+    hidden_statistics,
+    summarise_divergences,
+)
+from rlkl.rollout.given import given_responses
+from rlkl.rollout.records import scatter_tokens
+from rlkl.trainers.distill_config import DistillConfig
+from rlkl.trainers.metrics import MetricsFile, average_steps
+from rlkl.trainers.step import StepClock
+from rlkl.trainers.tracking import WandbMirror, wandb_run
+
+
+class DistillTrainer(Trainer):
+    """Trains a student to have its teacher's next-token distributions.
+
+        loss = (1 − c) T² D(student / T, teacher / T) + c (−log student(y_t)),   mean over tokens
+
+    D is any divergence of `rlkl.kl.DIVERGENCES`. A step: texts -> responses (given, the teacher's,
+    or the student's own) -> hidden states of both -> divergence, chunk by chunk -> θ. Whatever is
+    trained on, each logged step measures every divergence on its own batch, head and tail gaps and
+    AKL's weights.
+
+    With `on_policy_fraction` λ a batch is, with probability λ, sampled by the student (GKD's
+    mixture); cross-entropy then does not apply, since its expected gradient on one's own samples
+    is zero. On-policy training at ``on_policy_gradient="token"`` holds the visited prefixes fixed.
+    With ``"sequence"`` it follows the gradient of the sequence KL, D_KL(student ‖ teacher) =
+    E_student[Σ_t D_t]:
+
+        ∇ = E[ Σ_t ∇D_t + Σ_t ∇log student(y_t) Σ_{s>t} D_s ]
+
+    Reference: On-Policy Distillation of Language Models (Agarwal et al., 2023),
+    https://arxiv.org/abs/2306.13649; MiniLLM (Gu et al., 2023), https://arxiv.org/abs/2306.08543;
+    the adaptive divergence: Wu et al. (2024), https://arxiv.org/abs/2404.02657.
+
+    Args:
+        model: the student, a causal LM or one with a PEFT adapter. It is used without dropout.
+        teacher_model: any causal LM of the same tokenizer, in any precision; it is frozen.
+        args: settings.
+        train_dataset: columns ``prompt`` and ``completion`` (the loss is on the completion alone),
+            ``prompt`` alone where all responses are sampled, or ``text``.
+        processing_class: the tokenizer of both.
+        eval_dataset: likewise, for `evaluate`.
+        peft_config: puts this adapter on the student.
+        callbacks: further transformers callbacks.
+
+    Raises:
+        ValueError: columns that the settings do not work with, an empty text, a head smaller than
+            the tokenizer.
+    """
+
+    args: DistillConfig
+    model: PreTrainedModel | PeftModel
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        teacher_model: PreTrainedModel,
+        args: DistillConfig,
+        train_dataset: Dataset,
+        processing_class: PreTrainedTokenizerBase,
+        eval_dataset: Dataset | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        sampled = args.on_policy_fraction == 1 or args.teacher_generated
+        check_texts(train_dataset, completions=not sampled)
+        if eval_dataset is not None:
+            check_texts(eval_dataset, completions=True)
+        if args.world_size > 1:
+            raise ValueError(
+                f"{args.world_size} processes were started; rlkl's distillation runs in one process"
+            )
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)  # pyright: ignore[reportArgumentType]
+        self.divergence = args.divergence()
+        self.vocab_size = shared_vocabulary(model, teacher_model, processing_class)
+        self.teacher = teacher_model.requires_grad_(False).eval()
+        self.tokenizer = processing_class
+        self._steps: list[dict[str, float]] = []
+        self._measured: list[dict[str, float]] = []
+        self._calls = 0
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=_columns,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=[*(callbacks or []), MetricsFile()],
+        )
+        if self.pop_callback(WandbCallback) is not None:
+            self.add_callback(WandbMirror)
+        self.teacher.to(args.device)  # pyright: ignore[reportArgumentType] (decorated)
+
+    # ---- one step --------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Texts -> responses -> hidden states -> loss; the Trainer differentiates and steps.
+
+        With gradient accumulation a step's loss is the mean of its batches' token means.
+        """
+        self.model.eval()  # dropout off: one student samples, is measured and is trained
+        clock, generator = StepClock(), self._generator()
+        with clock("sampling"):
+            responses, on_policy = self.responses(inputs, generator)
+        with clock("trunks"):
+            student, teacher = self.hidden_states(responses)
+        with clock("loss"):
+            loss, parts = self.loss(responses, student, teacher, on_policy)
+        with clock("measure"):
+            if self._logs_this_step():
+                self._measured.append(self.measure(responses, student, teacher))
+        tokens = float(responses.mask.sum())
+        parts |= {"data/on_policy": float(on_policy), "data/tokens": tokens}
+        self._steps.append(parts | clock.seconds)
+        return loss
+
+    def responses(
+        self, inputs: dict[str, Any], generator: torch.Generator
+    ) -> tuple[Responses, bool]:
+        """The batch's responses, and whether the student sampled them."""
+        args = self.args
+        coin = torch.rand((), generator=generator, device=generator.device)
+        on_policy = float(coin) < args.on_policy_fraction
+        if on_policy or args.teacher_generated:
+            sampler = self.model if on_policy else self.teacher
+            return self.sample(sampler, prompts_of(inputs, self.tokenizer), generator), on_policy
+        return self.given(inputs), False
+
+    def sample(self, model: nn.Module, prompts: list[str], generator: torch.Generator) -> Responses:
+        """Responses of student or teacher, of real tokens only where its head is padded."""
+        with self.accelerator.autocast():
+            return sample_responses(
+                model,
+                self.tokenizer,
+                prompts,
+                self.args.response_length,
+                temperature=self.args.sampling_temperature,
+                generator=generator,
+                max_prompt_length=self.args.max_prompt_length,
+                vocab_size=self.vocab_size,
+            )
+
+    def given(self, inputs: dict[str, Any]) -> Responses:
+        """The batch's own completions or texts."""
+        return given_responses(
+            self.tokenizer,
+            inputs.get("prompt"),
+            inputs["completion"] if "prompt" in inputs else inputs["text"],
+            self.args.response_length,
+            max_prompt_length=self.args.max_prompt_length,
+            device=self.args.device,
+        )
+
+    def hidden_states(self, responses: Responses) -> tuple[Tensor, Tensor]:
+        """Hidden states of student (with graph) and teacher at the response tokens, [N, H]."""
+        ids, attention, length = (
+            responses.input_ids,
+            responses.attention_mask,
+            responses.tokens.shape[1],
+        )
+        with self.accelerator.autocast():
+            student = response_hidden(self.model, ids, attention, length)
+            with torch.no_grad():
+                teacher = response_hidden(self.teacher, ids, attention, length)
+        return student[responses.mask], teacher[responses.mask]
+
+    def loss(
+        self, responses: Responses, student: Tensor, teacher: Tensor, on_policy: bool
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The loss of a batch, and its parts for the log."""
+        args, count = self.args, len(student)
+        ce_weight = 0.0 if on_policy else args.ce_weight
+        scale = (1 - ce_weight) * args.temperature**2 / count
+        tokens = responses.tokens[responses.mask]
+        future = torch.zeros_like(tokens, dtype=torch.float32)
+        if on_policy and args.on_policy_gradient == "sequence":
+            future = self.future(responses, student, teacher)
+
+        def token_loss(stats: TokenStats, future: Tensor) -> Tensor:
+            return scale * (stats.kl + future * stats.policy_logp).sum()
+
+        loss, stats = self._token_loss(token_loss, student, teacher, tokens, future)
+        parts = {"loss/divergence": float(stats.kl.mean()) * args.temperature**2}
+        cross_entropy = torch.zeros_like(loss)
+        if ce_weight > 0:
+            cross_entropy, _ = fused_logp_loss(
+                lambda stats: -stats.policy_logp.sum() / count,
+                student,
+                output_head(self.model),
+                tokens,
+                vocab_size=self.vocab_size,
+                gemm_dtype=args.gemm_dtype,
+            )
+            loss = loss + ce_weight * cross_entropy
+        parts["loss/cross_entropy"] = float(cross_entropy.detach())
+        return loss, parts
+
+    @torch.no_grad()
+    def future(self, responses: Responses, student: Tensor, teacher: Tensor) -> Tensor:
+        """Σ_{s>t} D_s, the KL at the prefixes that y_t leads to, [N] nats, detached."""
+        tokens = responses.tokens[responses.mask]
+        _, stats = self._token_loss(lambda stats: stats.kl.sum(), student, teacher, tokens)
+        k = scatter_tokens(stats.kl, responses.mask)
+        return future_kl(k, responses.mask, own_token=False)[responses.mask].float()
+
+    def _token_loss(
+        self, loss_fn: Any, student: Tensor, teacher: Tensor, tokens: Tensor, *per_token: Tensor
+    ) -> tuple[Tensor, TokenStats]:
+        return fused_token_loss(
+            loss_fn,
+            student,
+            output_head(self.model),
+            teacher,
+            output_head(self.teacher),
+            tokens,
+            *per_token,
+            divergence=self.divergence,
+            temperature=self.args.temperature,
+            vocab_size=self.vocab_size,
+            gemm_dtype=self.args.gemm_dtype,
+        )
+
+    def measure(self, responses: Responses, student: Tensor, teacher: Tensor) -> dict[str, float]:
+        """Every divergence on the batch that is trained on, before its update."""
+        stats = hidden_statistics(
+            (self.model, student.detach()),
+            (self.teacher, teacher),
+            responses.tokens[responses.mask],
+            head_mass=self.args.head_mass,
+            head_rule=self.args.head_rule,  # pyright: ignore[reportArgumentType] (checked)
+            vocab_size=self.vocab_size,
+        )
+        return summarise_divergences(DivergenceRecord.of(stats, responses.mask))
+
+    def _logs_this_step(self) -> bool:
+        step, every = self.state.global_step + 1, self.state.logging_steps
+        return step >= self.state.max_steps or (every > 0 and step % every == 0)
+
+    def _generator(self) -> torch.Generator:
+        """Randomness of this batch alone, so that a resumed run draws what it would have drawn."""
+        accumulated = self.args.gradient_accumulation_steps
+        seed = (self.args.seed << 34) + self.state.global_step * accumulated
+        seed += self._calls % accumulated
+        self._calls += 1
+        return torch.Generator(device=self.args.device).manual_seed(2 * seed)
+
+    # ---- what surrounds a step -------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Trainer.train, in a W&B run of the group that the loss names."""
+        tags = ["distill", self.args.loss, type(self).__name__]
+        resume = bool(resume_from_checkpoint)
+        with wandb_run(self.args, self.args.to_dict(), self.args.loss, tags, resume):
+            return super().train(resume_from_checkpoint, **kwargs)
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Every divergence on the held-out texts; with `eval_on_policy` on the student's too.
+
+        The randomness is the same at every call, so that evaluations differ by the student alone.
+        """
+        data = cast(Dataset | None, self.eval_dataset if eval_dataset is None else eval_dataset)
+        if data is None:
+            raise ValueError("evaluate needs texts: pass eval_dataset here or to the trainer")
+        check_texts(data, completions=True)
+        self.model.eval()
+        inputs = {name: list(data[name]) for name in data.column_names}
+        sets = {"": self.given(inputs)}
+        if self.args.eval_on_policy:
+            generator = torch.Generator(device=self.args.device)
+            generator.manual_seed(2 * (self.args.seed << 34) + 1)  # no step's: those are even
+            sets["own/"] = self.sample(self.model, prompts_of(inputs, self.tokenizer), generator)
+        metrics = {}
+        for name, responses in sets.items():
+            record = divergence_statistics(
+                self.model,
+                self.teacher,
+                responses,
+                head_mass=self.args.head_mass,
+                head_rule=self.args.head_rule,  # pyright: ignore[reportArgumentType] (checked)
+                vocab_size=self.vocab_size,
+                batch_size=self.args.per_device_eval_batch_size,
+                autocast=self.accelerator.autocast,  # pyright: ignore[reportArgumentType]
+            )
+            summary = summarise_divergences(record)
+            metrics |= {f"{metric_key_prefix}_{name}{k}": v for k, v in summary.items()}
+        metrics[f"{metric_key_prefix}_loss"] = metrics.get(
+            f"{metric_key_prefix}_divergence/{self.args.loss}", math.nan
+        )
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what the steps since the last log measured."""
+        if self._steps and ("loss" in logs or "train_loss" in logs):
+            logs = {**logs, **average_steps(self._steps)}
+            if self._measured:
+                logs |= average_steps(self._measured)
+            self._steps.clear()
+            self._measured.clear()
+        super().log(logs, start_time)
+
+
+def shared_vocabulary(
+    student: nn.Module, teacher: nn.Module, tokenizer: PreTrainedTokenizerBase
+) -> int:
+    """Rows that both heads have: the smaller of the two where one is padded further.
+
+    Raises:
+        ValueError: a head has fewer rows than the tokenizer has tokens.
+    """
+    models = {"student": student, "teacher": teacher}
+    sizes = {name: vocabulary_of(output_head(model)) for name, model in models.items()}
+    for name, rows in sizes.items():
+        if rows < len(tokenizer):
+            raise ValueError(
+                f"the {name}'s head has {rows} rows for {len(tokenizer)} tokens of the tokenizer: "
+                "student and teacher need one tokenizer"
+            )
+    return min(sizes.values())
+
+
+def prompts_of(inputs: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The batch's prompts; of plain text the bos token, from which a text is sampled whole.
+
+    Raises:
+        ValueError: plain text, and a tokenizer without a bos token.
+    """
+    if "prompt" in inputs:
+        return list(inputs["prompt"])
+    if tokenizer.bos_token is None:
+        raise ValueError(
+            "sampling needs a 'prompt' column: the tokenizer has no bos token to begin a text with"
+        )
+    return [str(tokenizer.bos_token)] * len(inputs["text"])
+
+
+def check_texts(data: Dataset, completions: bool) -> None:
+    """Refuses a dataset without the columns that are needed, or with an empty text in them.
+
+    Raises:
+        ValueError: says which column, or which row.
+    """
+    columns = data.column_names
+    if "text" in columns and "prompt" not in columns:
+        needed = ["text"]
+    else:
+        needed = ["prompt", "completion"] if completions else ["prompt"]
+    missing = [name for name in needed if name not in columns]
+    if missing:
+        raise ValueError(
+            f"a dataset with the columns 'prompt' and 'completion', or 'text', is needed; "
+            f"it has {columns}"
+        )
+    for name in needed:
+        empty = [i for i, text in enumerate(data[name]) if not text.strip()]
+        if empty and name != "completion":
+            raise ValueError(f"{name} {empty[0]} is empty ({len(empty)} of {len(data)} are)")
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [row[name] for row in rows] for name in rows[0]}

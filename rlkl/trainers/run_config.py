@@ -1,0 +1,54 @@
+"""What every trainer's settings share: precision, logging, and the W&B run."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+
+def bf16_is_fast() -> bool:
+    """Whether this machine multiplies bfloat16 matrices in hardware: an accelerator, or AMX on a
+    CPU.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported()
+
+
+@dataclass
+class RunArguments(TrainingArguments):
+    """transformers.TrainingArguments with defaults for batches of texts, and the W&B run's name."""
+
+    wandb_project: str = field(default="rlkl", metadata={"help": "W&B project."})
+    wandb_group: str | None = field(
+        default=None, metadata={"help": "W&B group; None: what is trained (estimator or loss)."}
+    )
+    wandb_tags: list[str] = field(default_factory=list, metadata={"help": "Further W&B tags."})
+
+    # Defaults of TrainingArguments that differ.
+    logging_steps: float = field(default=1, metadata={"help": "Steps between logs."})
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "bf16 autocast of the trunks; None: where the hardware multiplies bf16."},
+    )
+    dataloader_pin_memory: bool = field(
+        default=False, metadata={"help": "Batches are lists of texts: nothing to pin."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "The text columns are needed."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and bf16_is_fast()  # pyright: ignore[reportIncompatibleVariableOverride]
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # TrainingArguments refuses bf16 on a CPU that was not asked for
+        super().__post_init__()
+
+    @property
+    def gemm_dtype(self) -> torch.dtype | None:
+        """Precision of the factors in the heads' products: that of the trunks, on a CPU.
+
+        Logits and sums are float32 either way.
+        """
+        return torch.bfloat16 if self.bf16 and self.device.type == "cpu" else None

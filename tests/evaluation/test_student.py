@@ -1,0 +1,97 @@
+"""A student on held-out prompts: what is measured on which texts, and with what."""
+
+import math
+
+import pytest
+import torch
+
+from rlkl.evaluation.judge import Judgement, Verdict
+from rlkl.evaluation.student import evaluate_student
+from rlkl.rollout import divergence_statistics, given_responses, summarise_divergences
+
+PROMPTS = ["the film is", "a plot", "it was"]
+COMPLETIONS = ["very good", "", "so dull"]
+
+
+@pytest.fixture
+def models(make_lm):
+    return make_lm(seed=1), make_lm(seed=0)
+
+
+def test_references_are_measured_where_they_are_and_samples_everywhere(models, tokenizer):
+    student, teacher = models
+    evaluation = evaluate_student(student, teacher, tokenizer, PROMPTS, COMPLETIONS, 6)
+    metrics = evaluation.metrics
+    given = given_responses(
+        tokenizer, [PROMPTS[0], PROMPTS[2]], [COMPLETIONS[0], COMPLETIONS[2]], 6
+    )
+    expected = summarise_divergences(divergence_statistics(student, teacher, given))
+    for name, value in expected.items():
+        assert metrics[f"held_out/{name}"] == pytest.approx(value, rel=1e-5)
+    assert metrics["perplexity"] == pytest.approx(math.exp(expected["student/nll_per_token"]))
+    assert metrics["rouge_l_n"] == 2
+    assert len(evaluation.samples) == 3
+    own = summarise_divergences(divergence_statistics(student, teacher, evaluation.samples))
+    assert metrics["own/divergence/rkl_per_response"] == pytest.approx(
+        own["divergence/rkl_per_response"], rel=1e-5
+    )
+    assert 0 < metrics["distinct_2"] <= 1
+    assert 0 <= metrics["self_bleu"] <= 100
+
+
+def test_the_seed_fixes_the_draws_and_the_mode_is_given_back(models, tokenizer):
+    student, teacher = models
+    student.train()
+    arguments = (student, teacher, tokenizer, PROMPTS, COMPLETIONS, 6)
+    first = evaluate_student(*arguments, seed=3)
+    assert first.samples.texts == evaluate_student(*arguments, seed=3).samples.texts
+    assert first.samples.texts != evaluate_student(*arguments, seed=4).samples.texts
+    assert student.training
+
+
+def test_a_student_that_is_its_teacher_is_at_no_distance(models, tokenizer):
+    _, teacher = models
+    metrics = evaluate_student(teacher, teacher, tokenizer, PROMPTS, COMPLETIONS, 6).metrics
+    assert metrics["held_out/divergence/fkl"] == metrics["own/divergence/rkl_per_response"] == 0
+
+
+def test_the_expected_reverse_kl_on_own_samples_is_the_sequence_kl(models, tokenizer):
+    """Σ_t D_t and Σ_t log-ratio have the same expectation on the student's samples."""
+    student, teacher = models
+    evaluation = evaluate_student(student, teacher, tokenizer, PROMPTS * 60, [""] * 180, 3)
+    record = divergence_statistics(student, teacher, evaluation.samples)
+    exact = record.divergences["rkl"].sum(1)
+    sampled = (record.student_logp - record.teacher_logp).sum(1)
+    difference = exact - sampled
+    # Zero in expectation: within four standard errors of its mean.
+    assert difference.mean().abs() < 4 * difference.std() / len(difference) ** 0.5
+
+
+class FixedJudge:
+    """Gives what it was told, and keeps what it was asked."""
+
+    def __init__(self, verdicts):
+        self.verdicts, self.asked = verdicts, []
+
+    def __call__(self, prompts, responses, on_verdict=None):
+        self.asked += zip(prompts, responses, strict=True)
+        return Judgement(self.verdicts)
+
+
+def test_the_judge_scores_the_samples_and_its_failures_are_counted(models, tokenizer):
+    judge = FixedJudge([Verdict("1", 8, 2), None, Verdict("2", 6, 4)])
+    evaluation = evaluate_student(*models, tokenizer, PROMPTS, COMPLETIONS, 6, judge=judge)
+    assert [response for _, response in judge.asked] == evaluation.samples.texts
+    assert evaluation.metrics["judge/quality"] == 7
+    assert evaluation.metrics["judge/diversity"] == 3
+    assert evaluation.metrics["judge/failed"] == 1
+    judge = FixedJudge([None] * 3)
+    metrics = evaluate_student(*models, tokenizer, PROMPTS, COMPLETIONS, 6, judge=judge).metrics
+    assert metrics["judge/failed"] == 3
+    assert "judge/quality" not in metrics
+
+
+def test_prompts_without_any_reference_are_sampled_from_alone(models, tokenizer):
+    metrics = evaluate_student(*models, tokenizer, PROMPTS, [""] * 3, 6).metrics
+    assert not [name for name in metrics if name.startswith(("held_out", "rouge", "perplexity"))]
+    assert torch.tensor(metrics["own/divergence/fkl"]).isfinite()

@@ -1,0 +1,404 @@
+"""DistillTrainer on the tiny model: what it computes, logs, refuses, and takes up again."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from rlkl.kl import DIVERGENCES, kl_surrogate, reverse_kl
+from rlkl.rollout import given_responses, sample_responses
+from rlkl.trainers import DISTILL_VOCABULARY, DistillConfig, DistillTrainer
+
+PROMPTS = ["the film is", "a plot", "I found this film and", "it", "so the end was", "acting"]
+COMPLETIONS = ["very good", "so dull it was not good", "saw it", "was superb", "bad", "and plot of"]
+
+
+@pytest.fixture
+def pairs() -> Dataset:
+    return Dataset.from_dict({"prompt": PROMPTS * 2, "completion": COMPLETIONS * 2})
+
+
+@pytest.fixture
+def texts() -> Dataset:
+    return Dataset.from_dict(
+        {"text": [f"{p} {c}" for p, c in zip(PROMPTS, COMPLETIONS, strict=True)] * 2}
+    )
+
+
+@pytest.fixture
+def make_trainer(tmp_path, make_lm, tokenizer, pairs) -> Callable[..., DistillTrainer]:
+    """Builds a trainer; keywords are those of DistillTrainer first, of DistillConfig otherwise."""
+    arguments = ("model", "teacher_model", "train_dataset", "eval_dataset", "peft_config")
+
+    def make(**changes: Any) -> DistillTrainer:
+        own: dict[str, Any] = {
+            "model": make_lm(seed=1),
+            "teacher_model": make_lm(seed=0),
+            "train_dataset": pairs,
+        }
+        own |= {name: changes.pop(name) for name in arguments if name in changes}
+        settings: dict[str, Any] = {
+            "output_dir": str(tmp_path / "run"),
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": [],
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "max_steps": 2,
+            "logging_steps": 1,
+            "per_device_train_batch_size": 6,
+            "response_length": 6,
+            "learning_rate": 3e-3,
+            "seed": 1,
+        }
+        config = DistillConfig(**(settings | changes))
+        return DistillTrainer(args=config, processing_class=tokenizer, **own)
+
+    return make
+
+
+def steps(trainer: DistillTrainer) -> list[dict[str, float]]:
+    return [log for log in trainer.state.log_history if "divergence/fkl" in log]
+
+
+def flat_gradient(model: torch.nn.Module) -> Tensor:
+    parts = [p.grad for p in model.parameters() if p.requires_grad]
+    return torch.cat([part.double().flatten() for part in parts if part is not None])
+
+
+def whole_logits(model: torch.nn.Module, responses) -> Tensor:
+    """[N, V] at the response tokens, the obvious way: one row at a time, without padding."""
+    rows = []
+    for i in range(len(responses)):
+        row = responses.rows(torch.tensor([i]))
+        logits = model(input_ids=row.input_ids).logits[:, :-1][:, -row.tokens.shape[1] :]
+        rows.append(logits[0])
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_the_gradient_is_that_of_the_mixed_loss_on_the_completions(name, make_trainer, pairs):
+    trainer = make_trainer(loss=name, ce_weight=0.25, temperature=2.0)
+    inputs = {column: pairs[column][:6] for column in pairs.column_names}
+    loss = trainer.compute_loss(trainer.model, inputs)
+    loss.backward()
+    found = flat_gradient(trainer.model)
+
+    responses = trainer.given(inputs)
+    trainer.model.zero_grad()
+    student = whole_logits(trainer.model, responses)
+    with torch.no_grad():
+        teacher = whole_logits(trainer.teacher, responses)
+    value = DIVERGENCES[name](student, teacher, temperature=2.0).mean()
+    tokens = responses.tokens[responses.mask]
+    cross_entropy = torch.nn.functional.cross_entropy(student, tokens)
+    expected = 0.75 * 4 * value + 0.25 * cross_entropy
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, flat_gradient(trainer.model), rtol=1e-3, atol=1e-5)
+    assert all(p.grad is None for p in trainer.teacher.parameters())
+
+
+def test_settings_of_the_divergence_reach_the_loss(tmp_path):
+    student, teacher = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0))
+
+    def value(**settings: Any) -> list[float]:
+        config = DistillConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **settings)
+        return config.divergence()(student, teacher).tolist()
+
+    assert value(loss="skew_fkl", skew_alpha=0.0) == pytest.approx(value(loss="fkl"))
+    assert value(loss="skew_rkl", skew_alpha=0.0) == pytest.approx(value(loss="rkl"))
+    assert value(loss="js", js_weight=0.0, js_scaled=True) == pytest.approx(value(loss="fkl"))
+    assert value(loss="js", js_weight=1.0, js_scaled=True) == pytest.approx(value(loss="rkl"))
+    assert value(loss="fkl_rkl", fkl_weight=0.0) == pytest.approx(value(loss="rkl"))
+    assert value(loss="akl", head_mass=1.0) == pytest.approx(value(loss="fkl"))
+    assert value(loss="akl_r", head_mass=1.0) == pytest.approx(value(loss="rkl"))
+    assert value(loss="akl", head_rule="reach") != value(loss="akl")
+
+
+def test_the_sequence_gradient_is_that_of_the_surrogate_of_the_sequence_kl(make_trainer):
+    settings = {"loss": "rkl", "on_policy_fraction": 1.0, "response_length": 5}
+    gradients = {}
+    for kind in ("token", "sequence"):
+        trainer = make_trainer(on_policy_gradient=kind, **settings)
+        responses, on_policy = trainer.responses({"prompt": PROMPTS}, trainer._generator())
+        assert on_policy
+        trainer.model.zero_grad()
+        loss, _ = trainer.loss(responses, *trainer.hidden_states(responses), on_policy)
+        loss.backward()
+        gradients[kind] = flat_gradient(trainer.model)
+    trainer.model.zero_grad()
+    mask = responses.mask
+    student = whole_logits(trainer.model, responses)
+    with torch.no_grad():
+        teacher = whole_logits(trainer.teacher, responses)
+    index = responses.tokens[mask][:, None]
+    k, logp = torch.zeros(mask.shape), torch.zeros(mask.shape)
+    k = k.masked_scatter(mask, reverse_kl(student, teacher))
+    logp = logp.masked_scatter(mask, student.log_softmax(-1).gather(1, index)[:, 0])
+    kl_surrogate(k, logp, mask, "both", own_token=False).sum().div(mask.sum()).backward()
+    torch.testing.assert_close(
+        gradients["sequence"], flat_gradient(trainer.model), rtol=1e-3, atol=1e-4
+    )
+    assert (gradients["sequence"] - gradients["token"]).norm() > 0.1 * gradients["token"].norm()
+
+
+@pytest.mark.parametrize("loss", ["rkl", "akl"])
+def test_training_brings_the_student_to_its_teacher(loss, make_trainer, pairs):
+    settings = {"max_steps": 25, "learning_rate": 1e-2, "logging_steps": 25}
+    trainer = make_trainer(loss=loss, eval_dataset=pairs, **settings)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_divergence/fkl"] < 0.4 * before["eval_divergence/fkl"]
+    assert after["eval_divergence/rkl"] < 0.4 * before["eval_divergence/rkl"]
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(make_trainer, make_lm):
+    trainer = make_trainer(model=make_lm(seed=0), loss="akl", max_steps=1)
+    trainer.train()
+    (log,) = steps(trainer)
+    assert all(log[f"divergence/{name}"] == 0 for name in DIVERGENCES)
+    assert log["gap/head"] == log["gap/tail"] == log["loss"] == log["grad_norm"] == 0
+    assert log["akl/forward_weight"] == 0.5
+
+
+def test_every_divergence_is_logged_whatever_is_trained_and_agrees_with_the_loss(make_trainer):
+    for name in ("fkl", "akl_r"):
+        trainer = make_trainer(loss=name)
+        trainer.train()
+        log = steps(trainer)[0]
+        assert {f"divergence/{n}" for n in DIVERGENCES} < set(log)
+        assert log[f"divergence/{name}"] == pytest.approx(log["loss/divergence"], rel=1e-5)
+        assert log["loss"] == pytest.approx(log["loss/divergence"], rel=1e-3)
+        total = log["divergence/akl"] + log["divergence/akl_r"]
+        assert total == pytest.approx(log["divergence/fkl"] + log["divergence/rkl"], rel=1e-5)
+
+
+def test_every_logged_metric_is_in_the_vocabulary_and_in_the_file(make_trainer, tmp_path):
+    trainer = make_trainer(loss="js", ce_weight=0.1)
+    trainer.train()
+    for log in steps(trainer):
+        means = {key.removesuffix("_se") for key in log} - {"step"}
+        assert means <= set(DISTILL_VOCABULARY), means - set(DISTILL_VOCABULARY)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if "divergence/akl" in line] == [1, 2]
+
+
+def test_the_expensive_measurement_is_taken_on_logged_steps_only(make_trainer, monkeypatch):
+    trainer = make_trainer(max_steps=5, logging_steps=2)
+    measured = []
+    original = trainer.measure
+    monkeypatch.setattr(
+        trainer,
+        "measure",
+        lambda *a: measured.append(trainer.state.global_step + 1) or original(*a),
+    )
+    trainer.train()
+    assert measured == [2, 4, 5]
+
+
+def test_plain_text_is_response_from_its_first_token_on(make_trainer, texts, tokenizer):
+    trainer = make_trainer(train_dataset=texts, response_length=20)
+    trainer.train()
+    responses = given_responses(tokenizer, None, texts["text"][:1], 20)
+    assert responses.prompt_ids.tolist() == [[tokenizer.bos_token_id]]
+    assert responses.tokens[0, -1] == tokenizer.eos_token_id
+    words = tokenizer(texts["text"][0], add_special_tokens=False)["input_ids"]
+    assert responses.tokens[0, :-1].tolist() == words
+    assert steps(trainer)[0]["response/length"] > 5
+
+
+def test_only_completions_count_and_padding_does_not(make_trainer, pairs):
+    trainer = make_trainer(response_length=20)
+    one = trainer.given({"prompt": PROMPTS[:1], "completion": COMPLETIONS[:1]})
+    many = trainer.given({"prompt": PROMPTS, "completion": COMPLETIONS})
+    assert one.mask.sum() == 3  # two words and the end of text
+    assert many.mask[0].sum() == 3
+    values = []
+    for responses in (one, many.rows(torch.tensor([0, 2]))):
+        hidden = trainer.hidden_states(responses)
+        values.append(hidden[0][:3])
+    torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)
+
+
+def test_cut_completions_do_not_end_and_whole_ones_do(tokenizer):
+    responses = given_responses(tokenizer, PROMPTS[:2], COMPLETIONS[:2], 3)
+    assert responses.ended.tolist() == [True, False]
+    assert responses.mask.sum(1).tolist() == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("settings", "who"),
+    [
+        ({"on_policy_fraction": 1.0}, "student"),
+        ({"teacher_generated": True}, "teacher"),
+        ({}, "given"),
+    ],
+)
+def test_responses_come_from_whom_the_settings_say(settings, who, make_trainer, monkeypatch):
+    trainer = make_trainer(**settings)
+    sampled = []
+
+    def spy(model, *args, **kwargs):
+        sampled.append("student" if model is trainer.model else "teacher")
+        return sample_responses(model, *args, **kwargs)
+
+    monkeypatch.setattr("rlkl.trainers.distill.sample_responses", spy)
+    trainer.train()
+    assert sampled == ([] if who == "given" else [who] * 2)
+    assert steps(trainer)[0]["data/on_policy"] == (who == "student")
+
+
+def test_the_mixture_takes_the_students_samples_at_the_rate_asked_for(make_trainer):
+    trainer = make_trainer(on_policy_fraction=0.5)
+    drawn = []
+    for step in range(400):
+        trainer.state.global_step = step
+        coin = torch.rand((), generator=trainer._generator())
+        drawn.append(float(coin) < 0.5)
+    # Binomial(400, ½): four standard errors are 0.1.
+    assert abs(sum(drawn) / 400 - 0.5) < 0.1
+
+
+def test_cross_entropy_does_not_act_on_the_students_own_samples(make_trainer):
+    trainer = make_trainer(on_policy_fraction=1.0, ce_weight=0.9)
+    trainer.train()
+    assert all(log["loss/cross_entropy"] == 0 for log in steps(trainer))
+    assert all(
+        log["loss"] == pytest.approx(log["loss/divergence"], rel=1e-3) for log in steps(trainer)
+    )
+
+
+def test_a_stopped_run_goes_on_as_the_uninterrupted_one(make_trainer, tmp_path):
+    settings = {
+        "on_policy_fraction": 0.5,
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    whole = make_trainer(**settings, output_dir=str(tmp_path / "whole"))
+    whole.train()
+    resumed = make_trainer(**settings, output_dir=str(tmp_path / "whole"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_lora_student_moves_its_adapter_alone(make_trainer, lora):
+    trainer = make_trainer(peft_config=lora)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved
+    assert all("lora" in name for name in moved)
+
+
+def test_a_teacher_in_bfloat16_measures_about_the_same(make_trainer, make_lm):
+    logs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        trainer = make_trainer(teacher_model=make_lm(seed=0).to(dtype), loss="fkl", max_steps=1)
+        trainer.train()
+        logs.append(steps(trainer)[0])
+    assert logs[1]["divergence/fkl"] == pytest.approx(logs[0]["divergence/fkl"], rel=3e-2)
+
+
+@pytest.mark.parametrize("on_policy", [0.0, 1.0])
+def test_a_head_padded_further_than_the_others_is_cut_in_loss_and_sampling(
+    on_policy, make_trainer, make_lm
+):
+    student, vocab = make_lm(seed=1), make_lm().config.vocab_size
+    student.resize_token_embeddings(vocab + 31, mean_resizing=False)
+    with torch.no_grad():
+        student.lm_head.weight[vocab:] = 5 * student.lm_head.weight[:31]  # likely, if not cut
+    trainer = make_trainer(model=student, on_policy_fraction=on_policy)
+    trainer.train()
+    assert trainer.vocab_size == vocab
+    assert steps(trainer)[0]["divergence/fkl"] > 0
+
+
+def test_accumulated_batches_give_the_mean_of_their_losses(make_trainer, pairs):
+    data = pairs.select(range(4))
+    trainer = make_trainer(
+        train_dataset=data,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=1,
+    )
+    trainer.train()
+    assert len(steps(trainer)) == 1
+    log = steps(trainer)[0]
+    assert log["loss"] == pytest.approx(log["loss/divergence"], rel=1e-3)
+
+
+def test_evaluation_measures_held_out_text_and_on_demand_the_students_samples(make_trainer, pairs):
+    trainer = make_trainer(eval_dataset=pairs, eval_on_policy=True, response_length=5)
+    metrics = trainer.evaluate()
+    assert metrics == trainer.evaluate()
+    for prefix in ("eval_", "eval_own/"):
+        for name in ("divergence/fkl", "divergence/rkl_per_response", "student/nll_per_token"):
+            assert math.isfinite(metrics[prefix + name])
+    assert metrics["eval_loss"] == metrics["eval_divergence/akl"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss": "kl"}, "divergence 'kl' is unknown; use one of fkl"),
+        ({"ce_weight": 1.5}, "ce_weight is 1.5; it must lie in"),
+        ({"temperature": 0.0}, "temperature is 0.0; it must be > 0"),
+        ({"skew_alpha": 1.0}, "skew_alpha is 1.0"),
+        ({"head_mass": 0.0}, "head_mass is 0.0"),
+        ({"head_rule": "top"}, "head_rule is 'top'; use 'within' or 'reach'"),
+        ({"on_policy_gradient": "both"}, "use 'token' or 'sequence'"),
+        (
+            {"on_policy_gradient": "sequence", "on_policy_fraction": 1.0},
+            "with loss 'akl': the sequence-level gradient is that of D_KL",
+        ),
+        ({"on_policy_gradient": "sequence", "loss": "rkl"}, "set on_policy_fraction > 0"),
+        (
+            {
+                "on_policy_gradient": "sequence",
+                "loss": "rkl",
+                "on_policy_fraction": 1.0,
+                "temperature": 2.0,
+            },
+            "make them equal",
+        ),
+    ],
+)
+def test_impossible_settings_are_refused_with_their_remedy(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        DistillConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **settings)
+
+
+def test_data_and_models_that_do_not_fit_are_refused(make_trainer, make_lm, pairs):
+    with pytest.raises(ValueError, match="columns 'prompt' and 'completion', or 'text', is needed"):
+        make_trainer(train_dataset=pairs.remove_columns("completion"))
+    make_trainer(train_dataset=pairs.remove_columns("completion"), teacher_generated=True)
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        make_trainer(
+            train_dataset=Dataset.from_dict({"prompt": ["a", " "], "completion": ["b", "c"]})
+        )
+    with pytest.raises(ValueError, match="the teacher's head has 20 rows for 33 tokens"):
+        make_trainer(teacher_model=make_lm(vocab_size=20))
+
+
+def test_wandb_gets_what_the_file_gets(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logged: list[dict[str, Any]] = []
+    import wandb
+
+    trainer = make_trainer(report_to=["wandb"])
+    monkeypatch.setattr(
+        wandb.sdk.wandb_run.Run, "log", lambda self, data, *a, **k: logged.append(data)
+    )
+    trainer.train()
+    assert any("train/divergence/akl" in row for row in logged)
+    assert list(Path(tmp_path / "run" / "wandb").glob("offline-run-*"))
