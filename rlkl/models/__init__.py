@@ -10,7 +10,7 @@ from rlkl.models.language_model import (
     position_ids,
     response_hidden,
 )
-from rlkl.models.output_head import output_head
+from rlkl.models.output_head import at_least_float32, output_head
 from rlkl.models.pair import ModelPair, Side, load_pair
 from rlkl.models.reference import frozen_copy, reference_model
 from rlkl.models.tokenizers import check_same_tokenizer, load_tokenizer
@@ -21,6 +21,7 @@ __all__ = [
     "LinearHead",
     "ModelPair",
     "Side",
+    "at_least_float32",
     "check_same_tokenizer",
     "frozen_copy",
     "hidden_size",

@@ -74,6 +74,23 @@ def output_head(model: nn.Module) -> OutputHead | ModuleHead:
     return ModuleHead(head, _vocab_size(lm), scale, softcap)
 
 
+def at_least_float32(head: OutputHead | ModuleHead) -> OutputHead | ModuleHead:
+    """A copy of a head whose products are not rounded to 16 bits; float32 heads share tensors."""
+    if isinstance(head, ModuleHead):
+        return head
+
+    def widen(x: Tensor) -> Tensor:
+        return x if x.dtype == torch.float64 else x.float()
+
+    return OutputHead(
+        widen(head.weight),
+        None if head.bias is None else widen(head.bias),
+        head.scale,
+        head.softcap,
+        tuple(LowRank(widen(x.a), widen(x.b), x.scale) for x in head.adapters),
+    )
+
+
 def _low_rank(head: LoraLinear) -> tuple[LowRank, ...] | None:
     """The active adapters of a LoRA head; None if they are more than scale · B A."""
     if head.disable_adapters or head.merged:

@@ -18,13 +18,16 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import find_adapter_config_file
 
+from rlkl.kl import head_logits
+from rlkl.kl.chunked import vocabulary_of
 from rlkl.models.language_model import (
     EMBEDDED_LM,
-    linear_head,
+    causal_lm,
     load_causal_lm,
     model_source,
     trunk_of,
 )
+from rlkl.models.output_head import at_least_float32, output_head
 from rlkl.models.tokenizers import check_same_tokenizer, load_tokenizer
 
 
@@ -220,7 +223,7 @@ def _cut_padding(models: list[PreTrainedModel], tokenizer: PreTrainedTokenizerBa
     Raises:
         ValueError: one of the heads lacks a row for some token.
     """
-    rows = [len(linear_head(model).weight) for model in models]
+    rows = [vocabulary_of(output_head(model)) for model in models]
     real = max(tokenizer.get_vocab().values()) + 1
     if min(rows) < real:
         raise ValueError(
@@ -281,20 +284,20 @@ def check_causal_lm(model: nn.Module, name: str) -> None:
     Raises:
         ValueError: a later token changes an earlier hidden state, or the logits are something else.
     """
-    head, trunk = linear_head(model), trunk_of(model)
-    ids = torch.arange(8, device=head.weight.device)[None] % len(head.weight)
+    head, trunk = at_least_float32(output_head(model)), trunk_of(model)
+    vocab, device = vocabulary_of(head), causal_lm(model).device
+    ids = torch.arange(8, device=device)[None] % vocab
     hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state
     other = ids.clone()
-    other[0, -1] = (ids[0, -1] + 1) % len(head.weight)
+    other[0, -1] = (ids[0, -1] + 1) % vocab
     changed = trunk(input_ids=other, use_cache=False).last_hidden_state
-    tolerance = 1e-3 if head.weight.dtype in (torch.float32, torch.float64) else 5e-2
+    tolerance = 1e-3 if hidden.dtype in (torch.float32, torch.float64) else 5e-2
     scale = float(hidden.abs().max())
     if float((hidden - changed)[:, :-1].abs().max()) > tolerance * scale:
         raise ValueError(
             f"{name} is no causal language model: a later token changes what it says before it"
         )
-    bias = None if head.bias is None else head.bias.float()
-    expected = nn.functional.linear(hidden.float(), head.weight.float(), bias)
+    expected = head_logits(head, hidden).float()
     logits = model(input_ids=ids, use_cache=False).logits.float()
     if float((logits - expected).abs().max()) > tolerance * float(expected.abs().max()):
         raise ValueError(

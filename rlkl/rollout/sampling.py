@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rlkl.kl import ModuleHead, OutputHead, head_logits
-from rlkl.models import output_head, position_ids
+from rlkl.kl import head_logits
+from rlkl.models import at_least_float32, output_head, position_ids
 from rlkl.models.language_model import causal_lm, trunk_of
 from rlkl.rollout.cache import reserved_cache
 from rlkl.rollout.records import Responses
@@ -71,7 +71,8 @@ def sample_tokens(
     Returns:
         tokens [B, T], mask [B, T] and ended [B]; see :class:`rlkl.rollout.Responses`.
     """
-    trunk, head = trunk_of(model), _in_float32(output_head(model))
+    # What is drawn must be what is measured later, in float32: no 16-bit logits.
+    trunk, head = trunk_of(model), at_least_float32(output_head(model))
     batch, prompt_length = prompt_ids.shape
     eos = torch.tensor(sorted(eos_token_ids), device=prompt_ids.device)
     tokens = torch.full((batch, max_new_tokens), pad_token_id, device=prompt_ids.device)
@@ -108,19 +109,6 @@ def sample_tokens(
         step_ids = tokens[:, t : t + 1]
     length = int(mask.sum(1).max())
     return tokens[:, :length], mask[:, :length], ended
-
-
-def _in_float32(head: OutputHead | ModuleHead) -> OutputHead | ModuleHead:
-    """A head whose products are not rounded to 16 bits: what is drawn is what is measured later."""
-    if isinstance(head, ModuleHead):
-        return head
-    return OutputHead(
-        head.weight.float(),
-        None if head.bias is None else head.bias.float(),
-        head.scale,
-        head.softcap,
-        tuple(x._replace(a=x.a.float(), b=x.b.float()) for x in head.adapters),
-    )
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:

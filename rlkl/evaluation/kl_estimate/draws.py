@@ -88,7 +88,7 @@ class SampledResponses:
         seed: int,
         batch_size: int,
     ) -> None:
-        check_positive(limit=limit, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        check_positive(num_samples=limit, max_new_tokens=max_new_tokens, batch_size=batch_size)
         self.pair, self.prompts, self.limit, self.max_tokens = pair, prompts, limit, max_new_tokens
         self.temperature, self.seed, self.batch_size = temperature, seed, batch_size
         _, mask = encode_prompts(pair.tokenizer, prompts)

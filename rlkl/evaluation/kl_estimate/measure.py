@@ -11,10 +11,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rlkl.kl import ESTIMATORS, RaoBlackwellEstimator, SampledEstimator, reverse_kl_terms
-from rlkl.models import LinearHead, ModelPair, linear_head, response_hidden
+from rlkl.kl import (
+    ESTIMATORS,
+    ModuleHead,
+    OutputHead,
+    RaoBlackwellEstimator,
+    SampledEstimator,
+    head_logits,
+    reverse_kl_terms,
+)
+from rlkl.models import ModelPair, at_least_float32, output_head, response_hidden
 from rlkl.rollout import Responses, scatter_tokens
 
 _CHUNK_ELEMENTS = 4_000_000
@@ -104,15 +112,9 @@ def _column_sums(rows: Tensor) -> Tensor:
     return rows.sum(0).double().cpu()
 
 
-def _exact_head(model: nn.Module) -> LinearHead:
-    """The head in float32, or float64 where it is that already."""
-    weight, bias = linear_head(model)
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return LinearHead(weight.to(dtype), None if bias is None else bias.to(dtype))
-
-
-def _next_token_logp(hidden: Tensor, head: LinearHead, temperature: float) -> Tensor:
-    logits = nn.functional.linear(hidden.to(head.weight.dtype), *head)
+def _next_token_logp(hidden: Tensor, head: OutputHead | ModuleHead, temperature: float) -> Tensor:
+    logits = head_logits(head, hidden)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     return (logits / temperature).log_softmax(-1)
 
 
@@ -137,9 +139,14 @@ def measure(
     for side in (pair.policy, pair.ref):
         with side.active() as model:
             hidden.append(response_hidden(model, ids, attention, length)[mask])
-            heads.append(_exact_head(model))
+            heads.append(at_least_float32(output_head(model)))
+    if pair.policy.model is pair.ref.model and any(isinstance(h, ModuleHead) for h in heads):
+        raise ValueError(
+            "the head's logits depend on which adapter is on, and both are needed at once: load "
+            "the reference as a model of its own"
+        )
     tokens = responses.tokens[mask]
-    rows = max(1, _CHUNK_ELEMENTS // len(heads[0].weight))
+    rows = max(1, _CHUNK_ELEMENTS // len(pair.tokenizer))
     names = ["policy_logp", "ref_logp", *ESTIMATORS]
     parts: dict[str, list[Tensor]] = {name: [] for name in names}
     for chunk in torch.arange(len(tokens), device=tokens.device).split(rows):
