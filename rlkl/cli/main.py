@@ -7,12 +7,16 @@ import typer
 
 import rlkl
 from rlkl.cli.errors import fail
+from rlkl.cli.sweep import sweep_app
 
 app = typer.Typer(
     help="The KL of a language model from its reference: audited, estimated, traded for reward.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+app.add_typer(sweep_app, name="sweep")
 
 
 def _print_version(wanted: bool) -> None:

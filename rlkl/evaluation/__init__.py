@@ -1,8 +1,23 @@
-"""How good a policy is: score, judges and KL on held-out prompts, and best-of-n of the
-reference.
-"""
+"""How good a policy is: score, judges and KL on held-out prompts; the optimum and best-of-n."""
 
-from rlkl.evaluation.best_of_n import BestOfN, best_of_n
+from rlkl.evaluation.best_of_n import (
+    BestOfN,
+    BestOfNPoint,
+    best_of_n,
+    best_of_n_curve,
+    sample_scores,
+)
+from rlkl.evaluation.optimal_tilt import OptimalTilt, TiltPoint
 from rlkl.evaluation.policy import Evaluation, evaluate_policy
 
-__all__ = ["BestOfN", "Evaluation", "best_of_n", "evaluate_policy"]
+__all__ = [
+    "BestOfN",
+    "BestOfNPoint",
+    "Evaluation",
+    "OptimalTilt",
+    "TiltPoint",
+    "best_of_n",
+    "best_of_n_curve",
+    "evaluate_policy",
+    "sample_scores",
+]

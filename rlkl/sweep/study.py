@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from rlkl.sweep.ledger import Cell, Ledger, engine_of
@@ -81,16 +83,14 @@ class ConfigurationStudy:
 
     def _tell(self, cells: list[Cell]) -> None:
         number = cells[0].trial
-        trial = self.study.get_trials(deepcopy=False)[number]
-        if trial.state.is_finished():
-            return
         records = [self.ledger.cell(cell.key).record for cell in cells if cell.state == "done"]
         ends = [record["points"][-1] for record in records if record]
-        if not ends:
-            self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
-            return
-        values = [float(np.mean([end[name] for end in ends])) for name in ("kl", "reward")]
-        self.study.tell(number, values, skip_if_finished=True)
+        state = TrialState.COMPLETE if ends else TrialState.FAIL
+        values = None
+        if ends:
+            values = [float(np.mean([end[name] for end in ends])) for name in ("kl", "reward")]
+        with suppress(UpdateFinishedTrialError):  # another worker was first, with the same values
+            self.study.tell(number, values, state=state, skip_if_finished=True)
 
     def _searched(self) -> dict[str, dict[str, Any]]:
         return self.spec.search.fields if self.spec.search else {}

@@ -94,6 +94,10 @@ class PPOConfig(TrainingArguments):
     wandb_group: str | None = field(
         default=None, metadata={"help": "W&B group; None: estimator and placement."}
     )
+    wandb_run_id: str | None = field(
+        default=None,
+        metadata={"help": "W&B id; None: a new one, kept in output_dir over resumes."},
+    )
     wandb_tags: list[str] = field(default_factory=list, metadata={"help": "Further W&B tags."})
 
     # Defaults of TrainingArguments that differ for on-policy training.

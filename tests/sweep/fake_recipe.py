@@ -1,5 +1,6 @@
 """A recipe that takes a second, checkpoints every step, and can be made to fail: for the tests."""
 
+import fcntl
 import json
 import signal
 import sys
@@ -33,6 +34,11 @@ def main() -> None:
     settings = Settings(**{k: v for k, v in given.items() if k in known})
     out = Path(settings.output_dir)
     out.mkdir(parents=True, exist_ok=True)
+    alone = (out / "alone").open("w")
+    try:
+        fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        (out / "two_at_once").touch()
     with (out / "attempts").open("a") as file:
         file.write("started\n")
     attempt = (out / "attempts").read_text().count("started")
