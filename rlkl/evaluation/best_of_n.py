@@ -109,7 +109,7 @@ def best_of_n_curve(
 
 
 def _log_choose(n: Tensor, k: int) -> Tensor:
-    """log C(n, k), for n ≥ k."""
+    """Log C(n, k), for n ≥ k."""
     n = n.clamp(min=k)
     return (n + 1).lgamma() - math.lgamma(k + 1) - (n - k + 1).lgamma()
 

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from rlkl.kl import mean_and_stderr
@@ -119,5 +118,6 @@ class OptimalTilt:
         first, second = OptimalTilt(self.scores[:, :half]), OptimalTilt(self.scores[:, half:])
         kls = [first.trusted_kl * (i + 1) / 8 for i in range(8)]
         return max(
-            abs(first.at(first.beta_of(k)).reward - second.at(second.beta_of(k)).reward) for k in kls
+            abs(first.at(first.beta_of(k)).reward - second.at(second.beta_of(k)).reward)
+            for k in kls
         )

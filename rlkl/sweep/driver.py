@@ -116,7 +116,9 @@ class Driver:
         if code > 0 or self.restarts > RESTARTS:
             log = self.folder / f"worker-{number}.log"
             last = log.read_text(errors="replace").strip().splitlines()[-1:]
-            raise RuntimeError(f"worker {number} ended with code {code}: {''.join(last)} (see {log})")
+            raise RuntimeError(
+                f"worker {number} ended with code {code}: {''.join(last)} (see {log})"
+            )
         self.workers[number] = self._start(number)
 
     def stop(self) -> None:

@@ -247,9 +247,7 @@ class Ledger:
         """Ends an attempt that failed: the cell waits again, or has failed for good."""
         again = cell.failures < self.spec.retries
         state = "waiting" if again else "failed"
-        return self._end(
-            cell, "failed", note, state=state, failures=cell.failures + 1, error=note
-        )
+        return self._end(cell, "failed", note, state=state, failures=cell.failures + 1, error=note)
 
     def release(self, cell: Cell) -> bool:
         """Ends an attempt that was told to stop: the cell waits for the next worker."""

@@ -54,11 +54,15 @@ def status_table(cells: Sequence[Cell], spec: SweepSpec, workers: int, rows: int
     head = Text(f"{spec.name}: {said}; time left with {workers} worker(s): {left}", style="bold")
     order = {"failed": 0, "running": 1, "done": 2, "waiting": 3}
     shown = sorted(cells, key=lambda c: order[c.state])[:rows]
-    table = Table("cell", "configuration", "state", "progress", "attempts", "worker", "KL", "reward")
+    table = Table(
+        "cell", "configuration", "state", "progress", "attempts", "worker", "KL", "reward"
+    )
     for cell in sorted(shown, key=cells.index):
         points = (cell.record or {}).get("points") or []
         kl = f"{points[-1]['kl']:.2f} ± {1.96 * points[-1]['kl_se']:.2f}" if points else ""
-        reward = f"{points[-1]['reward']:+.2f} ± {1.96 * points[-1]['reward_se']:.2f}" if points else ""
+        reward = (
+            f"{points[-1]['reward']:+.2f} ± {1.96 * points[-1]['reward_se']:.2f}" if points else ""
+        )
         note = f"{cell.worker} ({cell.silent:.0f} s ago)" if cell.state == "running" else ""
         table.add_row(
             cell.key,

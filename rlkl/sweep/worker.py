@@ -172,7 +172,9 @@ class Worker:
         }
         file = folder / "cell.json"
         if file.is_file() and json.loads(file.read_text())["sweep"] != self.ledger.identity:
-            raise ValueError(f"{folder} belongs to another sweep; delete it, or choose another --out")
+            raise ValueError(
+                f"{folder} belongs to another sweep; delete it, or choose another --out"
+            )
         settings = self.settings(cell, folder)
         (folder / "settings.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
         temporary = file.with_suffix(".tmp")
