@@ -46,7 +46,7 @@ class Frontier:
     comparisons: list[Comparison]
 
 
-def frontier(result: SweepResult, measure: Measure = "reward", resamples: int = 1000) -> Frontier:
+def frontier(result: SweepResult, measure: Measure = "reward", resamples: int = 500) -> Frontier:
     """Everything about the front of one measure, with bootstrap intervals over seeds.
 
     The reference point is (the largest KL measured, the reference's own mean score); without a
@@ -94,6 +94,7 @@ def frontier(result: SweepResult, measure: Measure = "reward", resamples: int = 
                 lambda drawn, arm=arm: replicas.attained(drawn, arm, within, floor),
                 [arm],
                 resamples,
+                bounds=(floor, np.inf),
             )
             for arm in arms
         },
@@ -165,11 +166,11 @@ def efficiencies(result: SweepResult) -> list[Efficiency | None]:
         if best <= 0:
             found.append(None)
             continue
-        beyond = point.kl > kls[-1]
+        beyond = bool(point.kl > kls[-1])
         step = 0.01 * kls[-1]
         ahead, behind = np.interp([point.kl + step, point.kl - step], kls, gains)
         slope = 0.0 if beyond else float(ahead - behind) / (2 * step)
-        share = (point.reward - start) / best
+        share = float((point.reward - start) / best)
         error = float(np.hypot(point.reward_se, share * slope * point.kl_se)) / best
         found.append(Efficiency(share, error, beyond))
     return found

@@ -22,6 +22,7 @@ import yaml
 from peft import PeftModel
 from torch import Tensor, nn
 
+import rlkl
 from reward_models import EMBEDDED_JUDGE, SentimentReward
 from rlkl.data import EMBEDDED_EVAL_PROMPTS, load_prompts
 from rlkl.evaluation import OptimalTilt, best_of_n_curve, evaluate_policy, sample_scores
@@ -30,7 +31,7 @@ from rlkl.models import frozen_copy, load_causal_lm, load_tokenizer
 from rlkl.rollout import Rollout
 from rlkl.rollout.summary import token_kl
 
-_PACKAGES = ("rlkl", "torch", "transformers", "trl", "peft", "optuna", "moocore", "numpy")
+_PACKAGES = ("torch", "transformers", "trl", "peft", "optuna", "moocore", "numpy")
 
 
 class Evaluator:
@@ -163,7 +164,9 @@ def main() -> None:
             point, samples = evaluator.point(evaluator.load(policy), step)
             record["points"].append(point)
             record["samples"].extend(samples)
-    record["versions"] = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    record["versions"] = {"rlkl": rlkl.__version__} | {
+        name: importlib.metadata.version(name) for name in _PACKAGES
+    }
     temporary = folder / "points.tmp"
     temporary.write_text(json.dumps(record))
     temporary.replace(folder / "points.json")

@@ -1,7 +1,7 @@
 """Reward-vs-KL frontiers: which points are on the front, how much they cover, and how sure that is.
 
 A point is (KL, reward): less of the first and more of the second is better. All intervals come from
-one resampling, `Replicas.resample`: each configuration's seeds are drawn again with replacement, a
+one resampling, `Replicas.resamples`: each configuration's seeds are drawn again with replacement, a
 run with all its points, and the statistic is computed anew.
 """
 
@@ -148,18 +148,18 @@ class Replicas:
             row[: len(runs)] = runs
         return rows
 
-    def resample(self, generator: np.random.Generator) -> Int[np.ndarray, "C S"]:
-        """Each configuration's replicas, drawn again with replacement."""
-        rows = self.original()
-        for row, runs in zip(rows, self.replicas, strict=True):
-            row[: len(runs)] = generator.choice(runs, len(runs))
-        return rows
+    def resamples(self, count: int, seed: int) -> Int[np.ndarray, "B C S"]:
+        """Each configuration's replicas, drawn again with replacement, `count` times."""
+        rows, sizes = self.original(), np.array([len(runs) for runs in self.replicas])[:, None]
+        uniform = np.random.default_rng(seed).random((count, *rows.shape))
+        chosen = np.take_along_axis(rows[None], (uniform * sizes).astype(int), axis=2)
+        return np.where(rows >= 0, chosen, -1)
 
     def interval(
         self,
         statistic: Callable[[Int[np.ndarray, "C S"]], Float[np.ndarray, " K"]],
         arms: Sequence[str] | None = None,
-        resamples: int = 1000,
+        resamples: int = 500,
         bounds: tuple[float, float] = (-np.inf, np.inf),
         seed: int = 0,
     ) -> list[Estimate]:
@@ -181,8 +181,7 @@ class Replicas:
         freedom = sum(counts) - len(counts)
         if freedom == 0:
             return [Estimate(float(v), None) for v in value]
-        generator = np.random.default_rng(seed)
-        draws = np.array([statistic(self.resample(generator)) for _ in range(resamples)])
+        draws = np.array([statistic(drawn) for drawn in self.resamples(resamples, seed)])
         n = sum(counts) / len(counts)
         half = stats.t.ppf(0.975, freedom) * np.sqrt(n / (n - 1)) * draws.std(axis=0)
         low, high = np.maximum(value - half, bounds[0]), np.minimum(value + half, bounds[1])
