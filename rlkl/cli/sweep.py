@@ -50,7 +50,7 @@ def run(
     ] = False,
     report: Annotated[bool, typer.Option(help="Write the report at the end.")] = True,
 ) -> None:
-    """Run a sweep on this machine; the same command goes on with one that was stopped or killed.
+    r"""Run a sweep on this machine; the same command goes on with one that was stopped or killed.
 
     \b
     rlkl sweep run recipes/sweep_kl.yaml --dry-run
@@ -85,11 +85,13 @@ def run(
     except RuntimeError as error:
         fail(str(error))
     console.print(f"all cells have ended, after {duration(time.monotonic() - begin)}")
-    if report:
-        _write_report(console, ledger, folder / "report", wandb=True)
-    failed = sum(cell.state == "failed" for cell in ledger.cells(records=False))
-    if failed:
-        fail(f"{failed} cells failed; see above, then: rlkl sweep retry {spec}")
+    states = [cell.state for cell in ledger.cells(records=False) if cell.configuration >= 0]
+    if report and "done" in states:
+        from rlkl.sweep.records import collect
+
+        _write_report(console, collect(ledger), folder / "report", ledger.identity)
+    if "failed" in states:
+        fail(f"{states.count('failed')} cells failed; see above, then: rlkl sweep retry {spec}")
 
 
 def print_plan(console: Console, spec, workers: int) -> None:
@@ -104,8 +106,8 @@ def print_plan(console: Console, spec, workers: int) -> None:
         ranges = ", ".join(f"{k} in {v}" for k, v in spec.search.fields.items())
         arms = ", ".join(dict.fromkeys(spec.arm_name(arm) for arm in spec.arms))
         console.print(
-            f"{spec.search.configurations} configurations chosen by {spec.search.sampler}, in turns "
-            f"for {arms}: {ranges}; seeds {spec.seeds}",
+            f"{spec.search.configurations} configurations chosen by {spec.search.sampler}, in "
+            f"turns for {arms}: {ranges}; seeds {spec.seeds}",
             markup=False,
         )
     left = seconds_left([], spec, workers)
@@ -125,7 +127,7 @@ def work(
     threads: Threads = None,
     recipe: Recipe = None,
 ) -> None:
-    """Join a sweep as one more worker, from any machine that reaches its storage.
+    r"""Join a sweep as one more worker, from any machine that reaches its storage.
 
     \b
     rlkl sweep work --storage postgresql://me@host/sweeps --name sweep_kl
@@ -162,7 +164,7 @@ def status(
     journal: Annotated[bool, typer.Option(help="List every attempt too.")] = False,
     json: JsonOut = None,
 ) -> None:
-    """Show the cells of a sweep, their progress, and the time left.
+    r"""Show the cells of a sweep, their progress, and the time left.
 
     \b
     rlkl sweep status recipes/sweep_kl.yaml --watch
@@ -196,7 +198,7 @@ def status(
 
 @sweep_app.command()
 def retry(spec: Spec = None, storage: Storage = None, name: Name = None, out: Out = None) -> None:
-    """Queue the failed cells of a sweep again; `run` or `work` then takes them.
+    r"""Queue the failed cells of a sweep again; `run` or `work` then takes them.
 
     \b
     rlkl sweep retry recipes/sweep_kl.yaml
@@ -204,6 +206,82 @@ def retry(spec: Spec = None, storage: Storage = None, name: Name = None, out: Ou
     with refusing_bad_input():
         ledger = _open(spec, storage, name, out)[0]
     print(f"{ledger.retry()} cells wait again")
+
+
+@sweep_app.command()
+def frontier(
+    spec: Spec = None,
+    storage: Storage = None,
+    name: Name = None,
+    out: Out = None,
+    json: JsonOut = None,
+) -> None:
+    r"""Print the frontier of a sweep: shares, hypervolumes, comparisons at equal KL.
+
+    \b
+    rlkl sweep frontier recipes/sweep_kl.yaml
+    rlkl sweep frontier recipes/sweep_kl.yaml --json -
+    """
+    console = Console(stderr=json == "-")
+    with refusing_bad_input():
+        from rlkl.sweep.export import analyse, frontier_json
+        from rlkl.sweep.records import collect
+        from rlkl.sweep.report import findings
+
+        result = collect(_open(spec, storage, name, out)[0])
+    with console.status(f"{len(result.points)} points"):
+        analysis = analyse(result)
+    if json is not None:
+        write_json(frontier_json(analysis), json)
+        return
+    for line in findings(analysis):
+        console.print(f"- {line['text']}", markup=False, highlight=False)
+
+
+@sweep_app.command()
+def report(
+    spec: Spec = None,
+    storage: Storage = None,
+    name: Name = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the report.")] = None,
+    records: Annotated[
+        Path | None, typer.Option(help="records.jsonl of an earlier report, in place of a sweep.")
+    ] = None,
+    wandb: Annotated[bool, typer.Option(help="Log the summary run to W&B.")] = True,
+) -> None:
+    r"""Write the page, the figures and all records of a sweep, finished or not.
+
+    \b
+    rlkl sweep report recipes/sweep_kl.yaml
+    rlkl sweep report --storage sqlite:///runs/sweep_kl/sweep.db --out report
+    """
+    console = Console()
+    with refusing_bad_input():
+        from rlkl.sweep.records import SweepResult, collect
+
+        if records is not None:
+            result, folder = SweepResult.load(records), out or Path("report")
+            identity = result.name
+        else:
+            ledger, sweep_folder = _open(spec, storage, name, None)
+            result, folder = collect(ledger), out or sweep_folder / "report"
+            identity = ledger.identity
+    _write_report(console, result, folder, identity if wandb else None)
+
+
+def _write_report(console: Console, result, folder: Path, identity: str | None) -> None:
+    """Writes a report; with an `identity`, its W&B summary run too."""
+    from rlkl.sweep.report import FILES, findings, write_report
+
+    with console.status(f"a report of {len(result.points)} points"):
+        analysis = write_report(result, folder)
+        if identity is not None:
+            from rlkl.sweep.tracking import log_summary
+
+            log_summary(analysis, folder, identity)
+    for line in findings(analysis):
+        console.print(f"- {line['text']}", markup=False, highlight=False)
+    console.print(f"written to {folder}: {', '.join(FILES)}", highlight=False)
 
 
 def _open(

@@ -70,9 +70,7 @@ def interactive_frontier(analysis: Analysis, front: Frontier) -> go.Figure:
     for arm, (colour, _, symbol) in styles(analysis.result.arms).items():
         for last in (False, True):
             index = [
-                i
-                for i, p in enumerate(analysis.result.points)
-                if p.arm == arm and p.last is last
+                i for i, p in enumerate(analysis.result.points) if p.arm == arm and p.last is last
             ]
             if not index:
                 continue
@@ -261,7 +259,9 @@ def _draw(axis: Axes, analysis: Analysis, front: Frontier) -> None:
         means, errors = np.array([score(p, front.measure) for p in curve]).T
         means, errors = np.append(reference[front.measure], means), np.append(errors[0], errors)
         axis.plot(kls, means, color=_GREY, label="optimum")
-        axis.fill_between(kls, means - Z * errors, means + Z * errors, color=_GREY, alpha=0.15, lw=0)
+        axis.fill_between(
+            kls, means - Z * errors, means + Z * errors, color=_GREY, alpha=0.15, lw=0
+        )
         best = reference["best_of_n"]
         axis.plot(
             [p["kl_bound"] for p in best],

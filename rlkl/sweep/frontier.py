@@ -89,10 +89,10 @@ def attainment_surface(
         >>> attainment_surface(points, np.array([0, 0, 1]), 1.0).tolist()
         [[1.5, 1.0], [2.0, 2.0]]
     """
-    mirrored = _checked(points) * np.array([1.0, -1.0])
-    surface = moocore.eaf(
-        mirrored, sets=np.unique(sets, return_inverse=True)[1], percentiles=[100 * share]
-    )
+    order = np.argsort(sets, kind="stable")  # moocore takes a change of set for a new set
+    mirrored = _checked(points)[order] * np.array([1.0, -1.0])
+    numbers = np.unique(sets[order], return_inverse=True)[1]
+    surface = moocore.eaf(mirrored, sets=numbers, percentiles=[100 * share])
     corners = surface[:, :2] * np.array([1.0, -1.0])
     return corners[np.lexsort((corners[:, 1], corners[:, 0]))]
 

@@ -98,16 +98,17 @@ class Cell:
 
 
 def engine_of(url: str) -> sa.Engine:
-    """A connection pool to the database; SQLite's folder is made and its writers wait for one
-    another.
+    """The database; SQLite's folder is made and its writers wait for one another.
+
+    Connections are not kept: a worker needs one every few seconds, and none outlives a fork.
     """
     parsed = sa.make_url(url)
     if parsed.get_backend_name() == "sqlite" and parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-        return sa.create_engine(parsed, connect_args={"timeout": 120})
+        return sa.create_engine(parsed, poolclass=sa.NullPool, connect_args={"timeout": 120})
     if parsed.get_backend_name() == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
-    return sa.create_engine(parsed, pool_pre_ping=True)
+    return sa.create_engine(parsed, poolclass=sa.NullPool)
 
 
 class Ledger:

@@ -131,7 +131,8 @@ def findings(analysis: Analysis) -> list[dict[str, Any]]:
             "reward rises by more than its error, so does the judge."
         )
     reached = [
-        (e.share, p) for e, p in zip(analysis.efficiency, result.points, strict=True)
+        (e.share, p)
+        for e, p in zip(analysis.efficiency, result.points, strict=True)
         if e is not None and p.last and not e.upper_bound
     ]
     if reached:
@@ -144,7 +145,11 @@ def findings(analysis: Analysis) -> list[dict[str, Any]]:
     if len(seeds) < 3:
         say(
             f"Only {len(seeds)} seed{'s' * (len(seeds) > 1)}: "
-            + ("no interval over seeds can be given." if len(seeds) == 1 else "intervals are rough."),
+            + (
+                "no interval over seeds can be given."
+                if len(seeds) == 1
+                else "intervals are rough."
+            ),
             warn=True,
         )
     if result.failed:

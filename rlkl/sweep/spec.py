@@ -150,7 +150,7 @@ class SweepSpec:
 
     def to_json(self) -> str:
         """As text, for the storage."""
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(asdict(self))  # the order of the axes is that of the cells
 
     @staticmethod
     def from_json(text: str) -> "SweepSpec":
@@ -328,9 +328,11 @@ def _check_estimator(configuration: Configuration) -> None:
 
     estimator = configuration.settings.get("kl_estimator")
     placement = configuration.settings.get("kl_placement")
-    if estimator is not None and placement is not None:
-        allow = bool(configuration.settings.get("allow_biased_kl"))
-        check_placement(get_estimator(estimator), KLPlacement(placement), allow)
+    if estimator is not None:
+        found = get_estimator(estimator)
+        if placement is not None:
+            allow = bool(configuration.settings.get("allow_biased_kl"))
+            check_placement(found, KLPlacement(placement), allow)
 
 
 def _names(cls: type) -> list[str]:

@@ -15,6 +15,7 @@ from optuna.distributions import (
 )
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
+from sqlalchemy import NullPool
 
 from rlkl.sweep.ledger import Cell, Ledger, engine_of
 from rlkl.sweep.spec import SearchSpec
@@ -33,11 +34,11 @@ class ConfigurationStudy:
         self.ledger, self.spec = ledger, ledger.spec
         self._told: set[int] = set()
         url = engine_of(ledger.url).url
+        options: dict[str, Any] = {"poolclass": NullPool}
+        if url.get_backend_name() == "sqlite":
+            options["connect_args"] = {"timeout": 120}
         storage = optuna.storages.RDBStorage(
-            url.render_as_string(hide_password=False),
-            engine_kwargs={"connect_args": {"timeout": 120}}
-            if url.get_backend_name() == "sqlite"
-            else {"pool_pre_ping": True},
+            url.render_as_string(hide_password=False), engine_kwargs=options
         )
         self.study = optuna.create_study(
             storage=storage,
