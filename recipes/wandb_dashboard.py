@@ -2,7 +2,8 @@
 
     python recipes/wandb_dashboard.py --entity me --project rlkl --sweep sweep_kl
 
-The runs must be there: online from the start, or sent by `wandb sync runs/sweep_kl/*/run/wandb/offline-run-*`.
+The runs must be there: online from the start, or sent by
+`wandb sync runs/sweep_kl/*/run/wandb/offline-run-*`.
 Needs a key and the extra `dashboard` (pip install "rlkl[dashboard]").
 """
 

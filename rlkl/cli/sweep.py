@@ -225,8 +225,8 @@ def frontier(
     console = Console(stderr=json == "-")
     with refusing_bad_input():
         from rlkl.sweep.export import analyse, frontier_json
+        from rlkl.sweep.findings import findings
         from rlkl.sweep.records import collect
-        from rlkl.sweep.report import findings
 
         result = collect(_open(spec, storage, name, out)[0])
     with console.status(f"{len(result.points)} points"):
@@ -271,7 +271,8 @@ def report(
 
 def _write_report(console: Console, result, folder: Path, identity: str | None) -> None:
     """Writes a report; with an `identity`, its W&B summary run too."""
-    from rlkl.sweep.report import FILES, findings, write_report
+    from rlkl.sweep.findings import findings
+    from rlkl.sweep.report import FILES, write_report
 
     with console.status(f"a report of {len(result.points)} points"):
         analysis = write_report(result, folder)

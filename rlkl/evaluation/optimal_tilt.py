@@ -32,13 +32,13 @@ class OptimalTilt:
 
         E_π*[r] = Σ_i w_i r_i        D_KL(π* ‖ ref) = Σ_i w_i log(N w_i)
 
-    in nats per response (of responses cut where the samples were cut), averaged over prompts at the
-    same β. As β falls from ∞ to 0 the two trace the frontier of all policies: no other has more mean
-    reward at the same mean KL.
+    in nats per response (of responses cut where the samples were cut), averaged over prompts at
+    the same β. As β falls from ∞ to 0 the two trace the frontier of all policies: no other has more
+    mean reward at the same mean KL.
 
     Σ w_i log(N w_i) is log N minus the entropy of w: N exp(−KL) samples carry the estimate, as many
-    as equal weights of that entropy would have. A point is `trusted` while their geometric mean over
-    prompts, N exp(−mean KL), is at least 16: up to log(N/16) nats. Beyond, the estimate bends
+    as equal weights of that entropy would have. A point is `trusted` while their geometric mean
+    over prompts, N exp(−mean KL), is at least 16: up to log(N/16) nats. Beyond, the estimate bends
     towards the best of the samples and says too little of the optimum. Standard errors are over
     prompts; the samples' own error comes on top, see `half_sample_gap`.
 
@@ -49,8 +49,8 @@ class OptimalTilt:
     Raises:
         ValueError: no prompts, or fewer than two samples of each.
 
-    Example: two equally likely responses with rewards 0 and 1; at β = 1 the optimum takes the better
-    one with probability e/(1 + e).
+    Example: two equally likely responses with rewards 0 and 1; at β = 1 the optimum takes the
+    better one with probability e/(1 + e).
 
         >>> tilt = OptimalTilt(torch.tensor([[0.0, 1.0]] * 2))
         >>> round(tilt.at(1.0).reward, 4), round(tilt.at(1.0).kl, 4)

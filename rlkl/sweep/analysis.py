@@ -1,4 +1,4 @@
-"""What a sweep's records say: front, shares, volumes, comparisons, efficiency, over-optimisation."""
+"""What a sweep's records say: front, shares, volumes, comparisons, efficiency, the judge."""
 
 import itertools
 from collections.abc import Sequence
@@ -150,9 +150,9 @@ class Efficiency:
 def efficiencies(result: SweepResult) -> list[Efficiency | None]:
     """By point; None without a measured reference, or where the optimum gains nothing.
 
-    (reward − reward_ref) / (reward*(KL) − reward_ref), reward* linear between the tilt's points from
-    (0, reward_ref) on. The error is that of the point's reward and KL; the reference's is common to
-    all and much smaller.
+    (reward − reward_ref) / (reward*(KL) − reward_ref), reward* linear between the tilt's points
+    from (0, reward_ref) on. The error is that of the point's reward and KL; the reference's is
+    common to all and much smaller.
     """
     if result.reference is None:
         return [None] * len(result.points)

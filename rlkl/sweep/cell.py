@@ -8,16 +8,16 @@ recipe, a script of any kind:
 - ``python RECIPE --config settings.yaml`` trains, writing below the ``output_dir`` named there;
 - the same command again goes on from the last checkpoint of a run that was stopped or killed;
 - SIGINT makes it write a checkpoint and end with a code that is not 0; code 0 means finished;
-- it declares ``SETTINGS``, the dataclasses of its settings, so that a sweep can be checked before it
-  starts; a finished run leaves ``policy/`` (and ``checkpoint-N/`` if told to keep them) for the
+- it declares ``SETTINGS``, the dataclasses of its settings, so that a sweep can be checked before
+  it starts; a finished run leaves ``policy/`` (and ``checkpoint-N/`` if told to keep them) for the
   evaluator, and ``metrics.jsonl`` with a ``step`` in every line tells how far it is.
 
 And of an evaluator: ``python EVALUATOR FOLDER`` writes ``points.json`` there, all at once (see
 `rlkl.sweep.evaluator` for its keys).
 
-A cell that finds ``points.json`` is done, one that finds ``trained`` only measures: a process killed
-at any moment costs at most the steps since a checkpoint. It ends when the worker that started it is
-gone, and passes SIGINT on.
+A cell that finds ``points.json`` is done, one that finds ``trained`` only measures: a process that
+is killed at any moment costs at most the steps since a checkpoint. It ends when the worker that
+started it is gone, and passes SIGINT on.
 """
 
 import json
@@ -55,7 +55,6 @@ class Supervisor:
         """
         if self.stopping:
             raise SystemExit(130)
-        # A session's terminal must not reach the recipe beside us: SIGINT comes by `_pass_on` alone.
         self.child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         deserted: float | None = None
         while (code := self.child.poll()) is None:

@@ -1,4 +1,4 @@
-"""Runs a sweep on this machine: begins it, keeps workers alive, and stops them with a checkpoint."""
+"""Runs a sweep on this machine: begins it, keeps workers alive, stops them with checkpoints."""
 
 import json
 import os

@@ -2,12 +2,12 @@
 
     python -m rlkl.sweep.evaluator FOLDER
 
-It reads the ``cell.json`` and ``settings.yaml`` of a cell and writes ``points.json``: {"points": one
-record a policy measured (the run's end, last; its checkpoints before, where they are kept),
-"samples": texts, "versions": {...}}; for the reference {"reference": {...}} beside no points.
-A point's keys: step, kl, kl_se (exact token KL, nats per response), kl_k1, kl_k1_se (sampled, on the
-same responses), reward, reward_se, judge, judge_se, length, truncated; every ``_se`` is clustered by
-prompt.
+It reads the ``cell.json`` and ``settings.yaml`` of a cell and writes ``points.json``: {"points":
+one record a policy measured (the run's end, last; its checkpoints before, where they are kept),
+"samples": texts, "versions": {...}}; for the reference {"reference": {...}} beside no points. A
+point's keys: step, kl, kl_se (exact token KL, nats per response), kl_k1, kl_k1_se (sampled, on the
+same responses), reward, reward_se, judge, judge_se, length, truncated; every ``_se`` is clustered
+by prompt.
 """
 
 import importlib.metadata

@@ -62,10 +62,10 @@ def point_rows(analysis: Analysis) -> list[dict[str, Any]]:
 def frontier_json(analysis: Analysis) -> dict[str, Any]:
     """The record of ``rlkl sweep frontier --json``.
 
-    ``points``, ``share_on_front``, ``hypervolume`` (each {value, ci95}), ``hypervolume_difference``,
-    ``reference_point`` [KL, reward], ``optimal`` [[KL, reward], …], ``best_of_n`` [[n, KL bound,
-    reward], …], ``comparisons`` at equal KL, ``over_optimisation``, and under ``judge`` the same by
-    the judge's score.
+    ``points``, ``share_on_front`` and ``hypervolume`` (each {value, ci95}),
+    ``hypervolume_difference``, ``reference_point`` [KL, reward], ``optimal`` [[KL, reward,
+    trusted], …], ``best_of_n`` [[n, KL bound, reward], …], ``comparisons`` at equal KL,
+    ``over_optimisation``, and under ``judge`` the same by the judge's score.
     """
     record = {"name": analysis.result.name, "points": point_rows(analysis)}
     record |= _measure(analysis, analysis.reward)

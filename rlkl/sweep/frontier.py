@@ -42,7 +42,7 @@ def pareto_front(points: Float[np.ndarray, "N 2"]) -> Bool[np.ndarray, " N"]:
 def hypervolume(points: Float[np.ndarray, "N 2"], reference_point: tuple[float, float]) -> float:
     """Area, in reward units times nats, that the points dominate up to a reference point.
 
-        | ∪_i [KL_i, KL_ref] × [reward_ref, reward_i] |
+        area of the union over i of [KL_i, KL_ref] × [reward_ref, reward_i]
 
     A point beyond the reference point (more KL, or less reward) covers nothing. Values compare only
     at the same reference point.
@@ -136,7 +136,7 @@ class Replicas:
         ends = np.searchsorted(runs[order], np.arange(len(configurations) + 1))
         self._points_of = [order[ends[r] : ends[r + 1]] for r in range(len(configurations))]
 
-    # ---- resampling -------------------------------------------------------------------------------
+    # ---- resampling ------------------------------------------------------------------------------
 
     def original(self) -> Int[np.ndarray, "C S"]:
         """The runs as they are: row c holds the replicas of configuration c, −1 where it has fewer.
@@ -190,7 +190,7 @@ class Replicas:
             for v, a, b in zip(value, low, high, strict=True)
         ]
 
-    # ---- statistics of drawn runs -----------------------------------------------------------------
+    # ---- statistics of drawn runs ----------------------------------------------------------------
 
     def points_of(self, runs: Int[np.ndarray, "..."]) -> Int[np.ndarray, " M"]:
         """Indices of the points of some runs, as often as a run is drawn."""
@@ -210,7 +210,7 @@ class Replicas:
     def hypervolumes(
         self, drawn: Int[np.ndarray, "C S"], reference_point: tuple[float, float]
     ) -> Float[np.ndarray, " A"]:
-        """Hypervolume of each arm: the mean over the sets, so that more seeds do not make it more."""
+        """Hypervolume of each arm: the mean over the sets, which more seeds do not raise."""
         volumes = []
         for arm in self.names:
             rows = drawn[self._arm_rows(arm)]
@@ -220,7 +220,7 @@ class Replicas:
         return np.array(volumes)
 
     def best_within(self, kls: Float[np.ndarray, " K"]) -> Float[np.ndarray, "R K"]:
-        """The best reward among each run's points of no more than each KL; −inf where it has none."""
+        """Each run's best reward among its points of no more than each KL; −inf if it has none."""
         best = np.full((len(self.configurations), len(kls)), -np.inf)
         reward = np.where(self.points[:, :1] <= kls, self.points[:, 1:], -np.inf)
         np.maximum.at(best, self.runs, reward)

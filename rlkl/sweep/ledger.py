@@ -1,13 +1,14 @@
 """The cells of a sweep in a database: who runs which, what became of it, and every attempt.
 
 One row is one cell, so that a cell cannot be lost or doubled. Who takes it is decided by a single
-UPDATE that names the attempt it has seen: of two workers one finds no row left. An attempt number is
-the lease: a worker that was silent for longer than `grace` has lost it, and whatever it writes later
-names an attempt that is no longer the row's. The tables stand in the same database as the Optuna
-study (SQLite or PostgreSQL). They do not use Optuna's own queue because its claim reads the state of
-a trial and then writes it, which SQLite lets two processes do at once (optuna 5.0,
-``RDBStorage.set_trial_state_values``), and because its retry of a stale trial is two transactions,
-between which a killed process loses the trial.
+UPDATE that names the attempt it has seen: of two workers one finds no row left. An attempt number
+is the lease: a worker that was silent for longer than `grace` has lost it, and whatever it writes
+later names an attempt that is no longer the row's.
+
+The tables stand in the same database as the Optuna study (SQLite or PostgreSQL). They do not use
+Optuna's own queue because its claim reads the state of a trial and then writes it, which SQLite
+lets two processes do at once (optuna 5.0, ``RDBStorage.set_trial_state_values``), and because its
+retry of a stale trial is two transactions, between which a killed process loses the trial.
 """
 
 import json
@@ -135,7 +136,7 @@ class Ledger:
         self.identity, self.spec = str(row.identity), SweepSpec.from_json(row.spec)
         self.mine = CELLS.c.sweep == self.name
 
-    # ---- clock: the database's, so that machines need not agree on the time -----------------------
+    # ---- clock: the database's, so that machines need not agree on the time ----------------------
 
     @property
     def _now(self) -> sa.ColumnElement[float]:
@@ -143,7 +144,7 @@ class Ledger:
             return sa.literal_column("(julianday('now') - 2440587.5) * 86400.0", sa.Double)
         return sa.literal_column("extract(epoch from clock_timestamp())::double precision")
 
-    # ---- filling ----------------------------------------------------------------------------------
+    # ---- filling ---------------------------------------------------------------------------------
 
     def add_configuration(self, configuration: Configuration, trial: int) -> bool:
         """Adds all replicas of a configuration at once; False where they are there already."""
@@ -187,7 +188,7 @@ class Ledger:
             return False
         return True
 
-    # ---- taking and ending ------------------------------------------------------------------------
+    # ---- taking and ending -----------------------------------------------------------------------
 
     def claim(self, worker: str) -> Cell | None:
         """Takes the next cell that waits, or that a silent worker has left; None where there is
@@ -295,7 +296,7 @@ class Ledger:
             .values(outcome=outcome, note=note, ended=self._now)
         )
 
-    # ---- reading ----------------------------------------------------------------------------------
+    # ---- reading ---------------------------------------------------------------------------------
 
     def cell(self, key: str) -> Cell:
         """The row of one cell."""

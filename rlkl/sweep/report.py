@@ -18,7 +18,7 @@ import rlkl
 from rlkl.sweep import figures
 from rlkl.sweep.analysis import Comparison
 from rlkl.sweep.export import Analysis, analyse, frontier_json, write_csv
-from rlkl.sweep.frontier import Estimate
+from rlkl.sweep.findings import findings, percent, plain, signed
 from rlkl.sweep.records import SweepResult
 
 FILES = ("index.html", "frontier.png", "frontier.pdf", "points.csv", "frontier.json")
@@ -77,11 +77,11 @@ def page(analysis: Analysis) -> str:
         judged=analysis.judge is not None,
         arms=_arm_rows(analysis),
         reference_point=(
-            f"Share: of the points on the common front of all runs. Hypervolume: the area between an "
-            f"estimator's points of one seed and the reference point ({kl_ref:.2f} nats: the largest "
-            f"KL measured; {reward_ref:+.2f}: the reference model's own reward), in nats times "
-            "reward, mean over seeds. In brackets 95% intervals over seeds (bootstrap within "
-            "configurations)."
+            "Share: of the points on the common front of all runs. Hypervolume: the area between "
+            f"an estimator's points of one seed and the reference point ({kl_ref:.2f} nats: the "
+            f"largest KL measured; {reward_ref:+.2f}: the reference model's own reward), in nats "
+            "times reward, mean over seeds. In brackets 95% intervals over seeds (bootstrap "
+            "within configurations)."
         ),
         comparisons=[_comparison_row(analysis, c) for c in front.comparisons],
         configurations=_configuration_rows(analysis),
@@ -101,95 +101,24 @@ def _embed(figure: go.Figure, name: str) -> Markup:
     return Markup(html)
 
 
-def findings(analysis: Analysis) -> list[dict[str, Any]]:
-    """The sweep in sentences, most important first; `warn` marks what should not be overlooked."""
-    result, front = analysis.result, analysis.reward
-    lines: list[dict[str, Any]] = []
-
-    def say(text: str, warn: bool = False) -> None:
-        lines.append({"text": text, "warn": warn})
-
-    for comparison in front.comparisons:
-        say(_said(comparison))
-    shares = ", ".join(f"{arm} {_percent(e)}" for arm, e in front.share_on_front.items())
-    say(f"Share of the reward-vs-KL front: {shares}.")
-    for arm, found in analysis.over_optimised.items():
-        if found is None:
-            continue
-        judged = "falls" if found.judge_falls else "does not rise"
-        say(
-            f"Over-optimisation: with {arm}, from {found.from_kl:.2f} nats on the reward still rises "
-            f"(by {found.reward_rise:.2f} up to {found.to_kl:.2f} nats) while the judge {judged} "
-            f"({found.judge_change:+.2f}). Beyond, reward says less than it seems (Gao et al., 2022).",
-            warn=True,
-        )
-    unseen = [arm for arm, found in analysis.over_optimised.items() if found is None]
-    if unseen:
-        most = max(p.kl for p in result.points)
-        say(
-            f"No over-optimisation seen up to {most:.2f} nats with {', '.join(unseen)}: where the "
-            "reward rises by more than its error, so does the judge."
-        )
-    reached = [
-        (e.share, p)
-        for e, p in zip(analysis.efficiency, result.points, strict=True)
-        if e is not None and p.last and not e.upper_bound
-    ]
-    if reached:
-        share, point = max(reached, key=lambda pair: pair[0])
-        say(
-            f"The best run reaches {share:.0%} of the gain that is possible at its KL "
-            f"({point.label}, seed {point.seed}, {point.kl:.2f} nats)."
-        )
-    seeds = {p.seed for p in result.points}
-    if len(seeds) < 3:
-        say(
-            f"Only {len(seeds)} seed{'s' * (len(seeds) > 1)}: "
-            + (
-                "no interval over seeds can be given."
-                if len(seeds) == 1
-                else "intervals are rough."
-            ),
-            warn=True,
-        )
-    if result.failed:
-        say(f"{len(result.failed)} cells failed and are missing here.", warn=True)
-    return lines
-
-
-def _said(comparison: Comparison) -> str:
-    more, less, mean = comparison.first, comparison.second, comparison.mean
-    if mean.value < 0:
-        more, less = less, more
-        ci95 = None if mean.ci95 is None else (-mean.ci95[1], -mean.ci95[0])
-        mean = Estimate(-mean.value, ci95)
-    verdict = ""
-    if mean.ci95 is not None and mean.ci95[0] <= 0:
-        verdict = " The interval holds 0: no difference is shown."
-    return (
-        f"At equal KL, from {comparison.kls[0]:.2f} to {comparison.kls[-1]:.2f} nats, {more} has "
-        f"{_signed(mean)} reward over {less}.{verdict}"
-    )
-
-
 def _caption(analysis: Analysis) -> str:
     result, reference = analysis.result, analysis.result.reference
     evaluation = result.spec.get("evaluation", {})
     text = (
         f"Every run is measured on the same {evaluation.get('prompts', '?')} held-out prompts, "
-        f"{evaluation.get('responses_per_prompt', '?')} responses each, with the same random numbers; "
-        "KL exact per token; error bars are 1.96 standard errors, clustered by prompt. Click a point "
-        "for its texts."
+        f"{evaluation.get('responses_per_prompt', '?')} responses each, with the same random "
+        "numbers; KL exact per token; error bars are 1.96 standard errors, clustered by prompt. "
+        "Click a point for its texts."
     )
     if reference is None:
         return text
     gap = reference["half_sample_gap"]
     return text + (
         f" Optimum: the reference tilted by exp(reward/β), from {reference['samples']} samples for "
-        f"each of the same prompts, which carry it up to {reference['trusted_kl']:.2f} nats (at least "
-        f"16 effective samples); two halves of the samples differ by at most {gap:.2f}; the band is "
-        "the error over prompts. No policy can be above it, but for the errors. Best of n is drawn at "
-        "the upper bound of its KL."
+        f"each of the same prompts, which carry it up to {reference['trusted_kl']:.2f} nats (at "
+        f"least 16 effective samples); two halves of the samples differ by at most {gap:.2f}; the "
+        "band is the error over prompts. Up to the errors, no policy has more reward at the same "
+        "KL. Best of n is drawn at the upper bound of its KL."
     )
 
 
@@ -201,7 +130,7 @@ def _arm_rows(analysis: Analysis) -> list[dict[str, Any]]:
             "cells": [
                 cell
                 for f in fronts
-                for cell in (_percent(f.share_on_front[arm]), _plain(f.hypervolume[arm]))
+                for cell in (percent(f.share_on_front[arm]), plain(f.hypervolume[arm]))
             ],
         }
         for arm in analysis.result.arms
@@ -213,10 +142,10 @@ def _comparison_row(analysis: Analysis, comparison: Comparison) -> list[str]:
     volume = analysis.reward.hypervolume_difference[comparison.first, comparison.second]
     return [
         f"{comparison.first} − {comparison.second}",
-        _signed(comparison.mean),
+        signed(comparison.mean),
         f"{comparison.kls[0]:.2f} to {comparison.kls[-1]:.2f}",
-        *(_signed(e) for e in (d[0], d[len(d) // 2], d[-1])),
-        _signed(volume),
+        *(signed(e) for e in (d[0], d[len(d) // 2], d[-1])),
+        signed(volume),
     ]
 
 
@@ -244,21 +173,3 @@ def _samples(result: SweepResult) -> Iterable[dict[str, Any]]:
                 f"{point.label}, seed {point.seed}: KL {point.kl:.2f}, reward {point.reward:+.2f}"
             )
             yield {"id": point.run_id, "title": title, "texts": texts}
-
-
-def _percent(estimate: Estimate) -> str:
-    if estimate.ci95 is None:
-        return f"{estimate.value:.0%}"
-    return f"{estimate.value:.0%} [{estimate.ci95[0]:.0%}, {estimate.ci95[1]:.0%}]"
-
-
-def _plain(estimate: Estimate) -> str:
-    if estimate.ci95 is None:
-        return f"{estimate.value:.2f}"
-    return f"{estimate.value:.2f} [{estimate.ci95[0]:.2f}, {estimate.ci95[1]:.2f}]"
-
-
-def _signed(estimate: Estimate) -> str:
-    if estimate.ci95 is None:
-        return f"{estimate.value:+.2f}"
-    return f"{estimate.value:+.2f} [{estimate.ci95[0]:+.2f}, {estimate.ci95[1]:+.2f}]"

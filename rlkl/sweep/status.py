@@ -53,11 +53,11 @@ def status_table(cells: Sequence[Cell], spec: SweepSpec, workers: int, rows: int
     left = duration(seconds_left(cells, spec, workers))
     head = Text(f"{spec.name}: {said}; time left with {workers} worker(s): {left}", style="bold")
     order = {"failed": 0, "running": 1, "done": 2, "waiting": 3}
-    shown = sorted(cells, key=lambda c: order[c.state])[:rows]
+    shown = sorted(range(len(cells)), key=lambda i: order[cells[i].state])[:rows]
     table = Table(
         "cell", "configuration", "state", "progress", "attempts", "worker", "KL", "reward"
     )
-    for cell in sorted(shown, key=cells.index):
+    for cell in (cells[i] for i in sorted(shown)):
         points = (cell.record or {}).get("points") or []
         kl = f"{points[-1]['kl']:.2f} ± {1.96 * points[-1]['kl_se']:.2f}" if points else ""
         reward = (

@@ -7,7 +7,7 @@ import wandb
 
 from rlkl.sweep.export import Analysis, point_rows
 from rlkl.sweep.figures import title_of
-from rlkl.sweep.report import findings
+from rlkl.sweep.findings import findings
 from rlkl.sweep.worker import wandb_id
 from rlkl.trainers.tracking import wandb_mode
 

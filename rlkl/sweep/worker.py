@@ -31,7 +31,7 @@ class Worker:
         ledger: of the sweep.
         folder: where the cells' folders are; each machine has its own.
         threads: CPU threads of a cell.
-        recipe: script in place of the one that the spec names, on a machine where that is not there.
+        recipe: script in place of the one that the spec names, where that is not on this machine.
         stop: set from outside to stop with a checkpoint.
         parent: process id of the driver that started this worker; it stops when the driver is gone.
     """
@@ -93,8 +93,11 @@ class Worker:
             code = self._supervise(cell, folder, lock)
         if code is None:  # taken over by another worker
             return
-        if code == 0:
-            self.ledger.finish(cell, json.loads((folder / "points.json").read_text()))
+        points = folder / "points.json"
+        if code == 0 and points.is_file():
+            self.ledger.finish(cell, json.loads(points.read_text()))
+        elif code == 0:
+            self.ledger.fail(cell, f"the evaluator wrote no {points.name}")
         elif self._told_to_stop():
             self.ledger.release(cell)
         else:

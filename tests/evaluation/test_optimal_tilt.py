@@ -100,7 +100,7 @@ def test_best_of_n_is_the_mean_over_all_subsets_of_n_samples(n):
 
 
 def test_the_tilt_is_never_below_best_of_n_at_its_kl():
-    """Uniform rewards: best-of-n's KL is at most its bound, so the optimum there has more reward."""
+    """Best-of-n's KL is at most its bound, so the optimum there has more reward."""
     scores = torch.rand(50, 256, generator=torch.Generator().manual_seed(7))
     tilt = OptimalTilt(scores)
     for point in best_of_n_curve(scores, ns=[2, 4, 8]):

@@ -3,10 +3,11 @@
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -148,14 +149,31 @@ def _postgres_programs() -> Path | None:
     return found[0].parent if found else None
 
 
+def skip(reason: str) -> NoReturn:
+    """Skips a test with its reason printed, or fails it where nothing may be skipped."""
+    if os.environ.get("RLKL_TESTS_MUST_NOT_SKIP"):
+        pytest.fail(reason)
+    print(f"\nskipped: {reason}", file=sys.__stdout__)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def browser() -> str:
+    """A Chromium; skipped where none is installed."""
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if (path := shutil.which(name)) is not None:
+            return path
+    skip("no Chromium is installed (Debian: apt-get install chromium)")
+
+
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
     """A real server in a folder of its own, reached by a socket there; skipped where none is
-    installed (Debian: ``apt-get install postgresql``).
+    installed.
     """
     programs = _postgres_programs()
     if programs is None:
-        pytest.skip("no PostgreSQL server is installed: no initdb on the path")
+        skip("no PostgreSQL server is installed (Debian: apt-get install postgresql)")
     # A server refuses to run as root; Debian's package brings a user for it.
     user = "postgres" if os.getuid() == 0 else None
     folder = Path(tempfile.mkdtemp(prefix="rlkl-postgres-"))

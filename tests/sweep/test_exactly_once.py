@@ -3,6 +3,7 @@
 `python tests/sweep/test_exactly_once.py KILLS SEED` does it at length.
 """
 
+import itertools
 import random
 import signal
 import subprocess
@@ -94,7 +95,7 @@ def check_each_cell_ended_once(out: Path, cells: int, steps: int) -> Counter[str
         done = [int(step) for step in (run / "steps").read_text().split()]
         assert sorted(set(done)) == list(range(1, steps + 1))
         # A kill between a step and its checkpoint repeats that step, never more.
-        assert all(b - a in (0, 1) for a, b in zip(done, done[1:], strict=False))
+        assert all(b - a in (0, 1) for a, b in itertools.pairwise(done))
         assert len(done) - steps < row.attempt
     complete = [t for t in ConfigurationStudy(ledger).study.get_trials() if t.values]
     assert len(complete) == cells // len(ledger.spec.seeds)

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shutil
 import struct
 import subprocess
 import time
@@ -11,16 +10,9 @@ from pathlib import Path
 import pytest
 
 from rlkl.sweep.export import analyse, frontier_json
+from rlkl.sweep.findings import findings
 from rlkl.sweep.records import SweepResult
-from rlkl.sweep.report import FILES, findings, write_report
-
-
-@pytest.fixture(scope="module")
-def browser() -> str:
-    for name in ("chromium", "chromium-browser", "google-chrome"):
-        if (path := shutil.which(name)) is not None:
-            return path
-    pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
+from rlkl.sweep.report import FILES, write_report
 
 
 def test_a_report_has_all_its_files_and_its_records_make_the_same_report(make_result, tmp_path):

@@ -84,8 +84,7 @@ def test_a_spec_survives_the_storage(write_spec):
         ),
         (
             {"kl_estimator": ["k1", "rb"], "lr": [{"learning_rate": x} for x in (1e-3, 1e-4)]},
-            ["k1 learning_rate=0.001", "k1 learning_rate=0.0001"]
-            + ["rb learning_rate=0.001", "rb learning_rate=0.0001"],
+            [f"{e} learning_rate={x}" for e in ("k1", "rb") for x in ("0.001", "0.0001")],
         ),
         ({"kl_coef": [1.0, 2.0]}, ["fake"]),
     ],
