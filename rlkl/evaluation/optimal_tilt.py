@@ -52,6 +52,7 @@ class OptimalTilt:
     Example: two equally likely responses with rewards 0 and 1; at β = 1 the optimum takes the
     better one with probability e/(1 + e).
 
+        >>> import torch
         >>> tilt = OptimalTilt(torch.tensor([[0.0, 1.0]] * 2))
         >>> round(tilt.at(1.0).reward, 4), round(tilt.at(1.0).kl, 4)
         (0.7311, 0.1109)

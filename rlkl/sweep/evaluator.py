@@ -140,6 +140,7 @@ def clustered(values: Tensor, repeats: int) -> tuple[float, float]:
 
     The P means of the prompts are independent draws; the responses to one prompt are not.
 
+    >>> import torch
     >>> clustered(torch.tensor([1.0, 1.0, 3.0, 3.0]), 2)
     (2.0, 1.0)
     """

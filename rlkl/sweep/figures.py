@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from rlkl.sweep.analysis import Comparison, Frontier
 from rlkl.sweep.export import Analysis, score
+from rlkl.sweep.frontier import Estimate
 from rlkl.sweep.records import Point
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
@@ -172,19 +173,7 @@ def interactive_attainment(analysis: Analysis, front: Frontier) -> go.Figure:
     figure = go.Figure()
     for arm, (colour, _, _) in styles(analysis.result.arms).items():
         attained = front.attained[arm]
-        band = [e.ci95 for e in attained if e.ci95 is not None]
-        if band:
-            figure.add_scatter(
-                x=[*front.kls, *reversed(front.kls)],
-                y=[*(high for _, high in band), *(low for low, _ in reversed(band))],
-                fill="toself",
-                opacity=0.2,
-                fillcolor=colour,
-                line={"width": 0},
-                hoverinfo="skip",
-                legendgroup=arm,
-                showlegend=False,
-            )
+        _add_band(figure, front.kls, attained, colour, arm)
         figure.add_scatter(
             x=front.kls,
             y=[e.value for e in attained],
@@ -200,17 +189,7 @@ def interactive_attainment(analysis: Analysis, front: Frontier) -> go.Figure:
 def interactive_comparison(comparison: Comparison, measure: str) -> go.Figure:
     """Difference of two arms at equal KL, with its interval over seeds."""
     figure = go.Figure()
-    band = [e.ci95 for e in comparison.difference if e.ci95 is not None]
-    if band:
-        figure.add_scatter(
-            x=[*comparison.kls, *reversed(comparison.kls)],
-            y=[*(high for _, high in band), *(low for low, _ in reversed(band))],
-            fill="toself",
-            fillcolor="rgba(0,114,178,0.2)",
-            line={"width": 0},
-            hoverinfo="skip",
-            showlegend=False,
-        )
+    _add_band(figure, comparison.kls, comparison.difference, COLOURS[0], "difference")
     figure.add_scatter(
         x=comparison.kls,
         y=[e.value for e in comparison.difference],
@@ -221,6 +200,26 @@ def interactive_comparison(comparison: Comparison, measure: str) -> go.Figure:
     )
     figure.add_hline(y=0, line={"color": _DARK, "width": 1})
     return _laid_out(figure, f"{measure}: {comparison.first} − {comparison.second}", height=320)
+
+
+def _add_band(
+    figure: go.Figure, kls: list[float], estimates: list[Estimate], colour: str, group: str
+) -> None:
+    """The intervals of a curve as a band; nothing where there are none."""
+    band = [e.ci95 for e in estimates if e.ci95 is not None]
+    if len(band) < len(estimates):
+        return
+    figure.add_scatter(
+        x=[*kls, *reversed(kls)],
+        y=[*(high for _, high in band), *(low for low, _ in reversed(band))],
+        fill="toself",
+        opacity=0.2,
+        fillcolor=colour,
+        line={"width": 0},
+        hoverinfo="skip",
+        legendgroup=group,
+        showlegend=False,
+    )
 
 
 def _laid_out(figure: go.Figure, vertical: str, height: int = 560) -> go.Figure:

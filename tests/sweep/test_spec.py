@@ -99,4 +99,4 @@ def test_the_shipped_sweeps_are_valid(name):
     from pathlib import Path
 
     spec = load_spec(Path(__file__).parents[2] / "recipes" / f"{name}.yaml")
-    assert spec.num_cells == {"sweep_kl": 36, "sweep_kl_mini": 12, "compare_estimators": 72}[name]
+    assert spec.num_cells == {"sweep_kl": 36, "sweep_kl_mini": 8, "compare_estimators": 72}[name]
