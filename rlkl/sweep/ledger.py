@@ -102,7 +102,23 @@ def engine_of(url: str) -> sa.Engine:
     """The database; SQLite's folder is made and its writers wait for one another.
 
     Connections are not kept: a worker needs one every few seconds, and none outlives a fork.
+
+    Raises:
+        ValueError: not an address, or its driver is not installed.
     """
+    try:
+        return _engine(url)
+    except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError) as error:
+        raise ValueError(
+            f"storage {url!r} is no address such as sqlite:///file.db or postgresql://user@host/name"
+        ) from error
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"storage {url!r} needs {error.name}: pip install 'rlkl[postgres]'"
+        ) from error
+
+
+def _engine(url: str) -> sa.Engine:
     parsed = sa.make_url(url)
     if parsed.get_backend_name() == "sqlite" and parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
@@ -356,9 +372,16 @@ def _cell(row: Any) -> Cell:
 
 
 def sweep_names(engine: sa.Engine) -> list[str]:
-    """The sweeps that a database holds."""
-    if not sa.inspect(engine).has_table(SWEEPS.name):
-        return []
+    """The sweeps that a database holds.
+
+    Raises:
+        ValueError: the database cannot be reached.
+    """
+    try:
+        if not sa.inspect(engine).has_table(SWEEPS.name):
+            return []
+    except sa.exc.OperationalError as error:
+        raise ValueError(f"cannot open {engine.url}: {error.orig}") from error
     with engine.connect() as db:
         return list(db.execute(sa.select(SWEEPS.c.name).order_by(SWEEPS.c.name)).scalars())
 
@@ -370,6 +393,7 @@ def open_ledger(url: str, spec: SweepSpec, identity: str) -> Ledger:
         ValueError: the database holds another sweep under this name.
     """
     engine = engine_of(url)
+    sweep_names(engine)  # whether it can be reached
     with engine.begin() as db:
         for table in METADATA.sorted_tables:
             db.execute(CreateTable(table, if_not_exists=True))

@@ -128,4 +128,6 @@ def collect(ledger: Ledger) -> SweepResult:
         raise ValueError(f"no cell of {ledger.name} is done yet: nothing to report")
     failed = {cell.key: cell.error or "" for cell in cells if cell.state == "failed"}
     spec = json.loads(ledger.spec.to_json())
+    for name in ("recipe", "config"):  # where they lie on this machine says nothing to others
+        spec[name] = spec[name] and Path(spec[name]).name
     return SweepResult(ledger.name, points, reference, samples, failed, spec, versions)

@@ -81,7 +81,7 @@ def page(analysis: Analysis) -> str:
             f"an estimator's points of one seed and the reference point ({kl_ref:.2f} nats: the "
             f"largest KL measured; {reward_ref:+.2f}: the reference model's own reward), in nats "
             "times reward, mean over seeds. In brackets 95% intervals over seeds (bootstrap "
-            "within configurations)."
+            "within configurations), for these prompts: other prompts are not in them."
         ),
         comparisons=[_comparison_row(analysis, c) for c in front.comparisons],
         configurations=_configuration_rows(analysis),

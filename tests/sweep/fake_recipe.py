@@ -56,7 +56,7 @@ def main() -> None:
         temporary.replace(checkpoint)
         with (out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step}) + "\n")
-        if attempt <= settings.fails and step == settings.max_steps // 2:
+        if attempt <= settings.fails and step >= settings.max_steps // 2:
             print("the loss is not a number")
             sys.exit(3)
         if stop:
