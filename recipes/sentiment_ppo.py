@@ -91,6 +91,13 @@ class SentimentArguments:
     threads: int | None = field(
         default=None, metadata={"help": "CPU threads; None: torch's choice."}
     )
+    keep_checkpoints: bool = field(
+        default=False, metadata={"help": "Leave the checkpoints of a finished run (for a sweep)."}
+    )
+
+
+SETTINGS = (SentimentArguments, PPOConfig, ModelConfig)
+"""What the YAML and the command line may set; a sweep checks its cells against it."""
 
 
 def main() -> None:
@@ -98,7 +105,7 @@ def main() -> None:
     begin = time.perf_counter()
     with refusing_bad_input():
         parser = SettingsParser(
-            (SentimentArguments, PPOConfig, ModelConfig),  # pyright: ignore[reportArgumentType]
+            SETTINGS,  # pyright: ignore[reportArgumentType]
             description=__doc__,
         )
         task, args, model_args = parser.parse(str(HERE / "sentiment_ppo.yaml"))
@@ -197,8 +204,9 @@ def main() -> None:
                     "plot": wandb.Image(str(plot)),
                 }
             )
-    for folder in output_dir.glob("checkpoint-*"):
-        shutil.rmtree(folder)
+    if not task.keep_checkpoints:
+        for folder in output_dir.glob("checkpoint-*"):
+            shutil.rmtree(folder)
     before_file.unlink()
     print_summary(console, summary, samples, names, args.response_length)
     console.print(

@@ -10,6 +10,7 @@ from rlkl.cli.audit import audit
 from rlkl.cli.distill import distill
 from rlkl.cli.errors import fail
 from rlkl.cli.kl import kl
+from rlkl.cli.sweep import sweep_app
 
 app = typer.Typer(
     help="The KL of a language model from its reference: audited, estimated, traded for reward.",
@@ -25,6 +26,9 @@ app.command(
     add_help_option=False,
     context_settings={"ignore_unknown_options": True},
 )(distill)
+
+
+app.add_typer(sweep_app, name="sweep")
 
 
 def _print_version(wanted: bool) -> None:

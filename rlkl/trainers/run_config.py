@@ -23,6 +23,10 @@ class RunArguments(TrainingArguments):
     wandb_group: str | None = field(
         default=None, metadata={"help": "W&B group; None: what is trained (estimator or loss)."}
     )
+    wandb_run_id: str | None = field(
+        default=None,
+        metadata={"help": "W&B id; None: a new one, kept in output_dir over resumes."},
+    )
     wandb_tags: list[str] = field(default_factory=list, metadata={"help": "Further W&B tags."})
 
     # Defaults of TrainingArguments that differ.

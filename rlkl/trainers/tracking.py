@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +20,22 @@ from rlkl.trainers.run_config import RunArguments
 
 
 def wandb_mode() -> str:
-    """The environment's WANDB_MODE, else "online" where a key is at hand, else "offline"."""
+    """The environment's WANDB_MODE, else "online" where a key is at hand, else "offline".
+
+    "online" without a key goes on offline, and says on standard error what to do.
+    """
     chosen = os.environ.get("WANDB_MODE")
-    if chosen:
+    if chosen and chosen != "online":
         return chosen
-    return "online" if wandb.login(prompt=False, verify=False) else "offline"
+    if wandb.login(prompt=False, verify=False):
+        return "online"
+    if chosen:
+        print(
+            "WANDB_MODE is online, but there is no key: run `wandb login` or set WANDB_API_KEY. "
+            "Going on offline; `wandb sync` sends the run later.",
+            file=sys.stderr,
+        )
+    return "offline"
 
 
 @contextmanager
@@ -52,7 +64,7 @@ def wandb_run(
         tags=[*tags, *args.wandb_tags],
         config=config,
         dir=str(folder),
-        id=id_file.read_text(),
+        id=args.wandb_run_id or id_file.read_text(),
         resume="allow",
         mode=wandb_mode(),  # pyright: ignore[reportArgumentType]
         settings=wandb.Settings(silent=True, console="off"),

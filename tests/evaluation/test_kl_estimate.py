@@ -222,7 +222,7 @@ def test_contexts_are_the_prefixes_with_the_largest_kl(policy, ref, colours, enu
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"num_samples": 0}, "limit=0: must be at least 1"),
+        ({"num_samples": 0}, "num_samples=0: must be at least 1"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"batch_size": -1}, "batch_size=-1"),
         ({"temperature": 0.0}, "temperature=0.0"),

@@ -1,0 +1,319 @@
+"""`rlkl sweep`: run a sweep of KL coefficients, join one, look at it, report it."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+
+from rlkl.cli.errors import fail, refusing_bad_input
+from rlkl.cli.json_output import write_json
+
+if TYPE_CHECKING:
+    from rlkl.sweep.ledger import Ledger
+
+sweep_app = typer.Typer(
+    help="Sweeps of KL coefficients: reward-vs-KL frontiers, resumable and comparable.",
+    no_args_is_help=True,
+)
+
+Spec = Annotated[Path | None, typer.Argument(help="The sweep's YAML.", show_default=False)]
+Storage = Annotated[
+    str | None,
+    typer.Option(help="SQLAlchemy address (sqlite:///…, postgresql://…); default: OUT/sweep.db."),
+]
+Name = Annotated[str | None, typer.Option(help="Which sweep, where the storage holds several.")]
+Out = Annotated[Path | None, typer.Option(help="Folder of the sweep; default: runs/NAME.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads of a cell; default: shared out.")
+]
+Recipe = Annotated[
+    Path | None, typer.Option(help="This machine's copy of the recipe, where it lies elsewhere.")
+]
+JsonOut = Annotated[str | None, typer.Option("--json", help="Write as JSON to a file, or - here.")]
+
+
+@sweep_app.command()
+def run(
+    spec: Annotated[Path, typer.Argument(help="The sweep's YAML.")],
+    storage: Storage = None,
+    out: Out = None,
+    workers: Annotated[int, typer.Option(min=1, help="Local worker processes.")] = 1,
+    threads: Threads = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the cells and the time; start nothing.")
+    ] = False,
+    report: Annotated[bool, typer.Option(help="Write the report at the end.")] = True,
+) -> None:
+    r"""Run a sweep on this machine; the same command goes on with one that was stopped or killed.
+
+    \b
+    rlkl sweep run recipes/sweep_kl.yaml --dry-run
+    rlkl sweep run recipes/sweep_kl.yaml --workers 2
+    """
+    console = Console()
+    with refusing_bad_input():
+        from rlkl.sweep.driver import Driver, begin_sweep, default_folder, default_storage
+        from rlkl.sweep.spec import load_spec
+        from rlkl.sweep.status import duration, status_table
+
+        with console.status("reading the spec and checking every cell's settings"):
+            loaded = load_spec(spec)
+        folder = out or default_folder(loaded)
+        url = storage or default_storage(folder)
+        if dry_run:
+            print_plan(console, loaded, workers)
+            return
+        ledger = begin_sweep(loaded, url, folder)
+    driver = Driver(ledger, folder, workers, threads)
+    rows = max(10, console.height - 8)
+    console.print(f"[dim]{folder}, {url}; Ctrl-C stops with checkpoints[/dim]")
+    begin = time.monotonic()
+    try:
+        with Live(console=console, refresh_per_second=2) as live:
+            driver.run(
+                lambda: live.update(status_table(ledger.cells(), ledger.spec, workers, rows))
+            )
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from the checkpoints")
+        raise SystemExit(130) from None
+    except RuntimeError as error:
+        fail(str(error))
+    console.print(f"all cells have ended, after {duration(time.monotonic() - begin)}")
+    states = [cell.state for cell in ledger.cells(records=False) if cell.configuration >= 0]
+    if report and "done" in states:
+        from rlkl.sweep.records import collect
+
+        _write_report(console, collect(ledger), folder / "report", ledger.identity)
+    if "failed" in states:
+        fail(f"{states.count('failed')} cells failed; see above, then: rlkl sweep retry {spec}")
+
+
+def print_plan(console: Console, spec, workers: int) -> None:
+    """The cells of a sweep and how long they would take."""
+    from rlkl.sweep.spec import iterate_cells
+    from rlkl.sweep.status import duration, seconds_left
+
+    if spec.search is None:
+        for configuration, seed in iterate_cells(spec):
+            console.print(f"{configuration.number:03d}-seed{seed}  {configuration.label}")
+    else:
+        ranges = ", ".join(f"{k} in {v}" for k, v in spec.search.fields.items())
+        arms = ", ".join(dict.fromkeys(spec.arm_name(arm) for arm in spec.arms))
+        console.print(
+            f"{spec.search.configurations} configurations chosen by {spec.search.sampler}, in "
+            f"turns for {arms}: {ranges}; seeds {spec.seeds}",
+            markup=False,
+        )
+    left = seconds_left([], spec, workers)
+    time_needed = (
+        "unknown until the first cell has ended (minutes_per_cell in the spec says it before)"
+        if left is None
+        else duration(left)
+    )
+    console.print(f"{spec.num_cells} cells with {workers} worker(s): {time_needed}")
+
+
+@sweep_app.command()
+def work(
+    storage: Annotated[str, typer.Option(help="The sweep's storage.")],
+    name: Name = None,
+    out: Out = None,
+    threads: Threads = None,
+    recipe: Recipe = None,
+) -> None:
+    r"""Join a sweep as one more worker, from any machine that reaches its storage.
+
+    \b
+    rlkl sweep work --storage postgresql://me@host/sweeps --name sweep_kl
+    """
+    console = Console()
+    with refusing_bad_input():
+        from rlkl.sweep.ledger import Ledger
+        from rlkl.sweep.worker import Worker
+
+        ledger = Ledger(storage, name)
+        stop = threading.Event()
+        worker = Worker(
+            ledger,
+            out or Path("runs") / ledger.name,
+            threads or os.cpu_count() or 1,
+            recipe=None if recipe is None else str(recipe.resolve()),
+            stop=stop,
+        )
+    signal.signal(signal.SIGINT, lambda *_: stop.set())
+    console.print(f"working on {ledger.name}; Ctrl-C stops with a checkpoint")
+    worker.work()
+    if stop.is_set():
+        raise SystemExit(130)
+    console.print("no cell is left")
+
+
+@sweep_app.command()
+def status(
+    spec: Spec = None,
+    storage: Storage = None,
+    name: Name = None,
+    out: Out = None,
+    watch: Annotated[bool, typer.Option(help="Go on showing it until Ctrl-C.")] = False,
+    journal: Annotated[bool, typer.Option(help="List every attempt too.")] = False,
+    json: JsonOut = None,
+) -> None:
+    r"""Show the cells of a sweep, their progress, and the time left.
+
+    \b
+    rlkl sweep status recipes/sweep_kl.yaml --watch
+    """
+    with refusing_bad_input():
+        ledger = _open(spec, storage, name, out)[0]
+    from rlkl.sweep.status import seconds_left, status_table
+
+    def table():
+        cells = ledger.cells()
+        workers = max(1, len({c.worker for c in cells if c.state == "running"}))
+        return status_table(cells, ledger.spec, workers, rows=len(cells))
+
+    if json is not None:
+        cells = ledger.cells(records=False)
+        rows = [{k: v for k, v in vars(c).items() if k != "record"} for c in cells]
+        left = seconds_left(cells, ledger.spec, 1)
+        write_json({"cells": rows, "attempts": ledger.attempts(), "seconds_left": left}, json)
+        return
+    console = Console()
+    if watch:
+        with Live(table(), console=console, refresh_per_second=1) as live:
+            while True:
+                time.sleep(1)
+                live.update(table())
+    console.print(table())
+    if journal:
+        for attempt in ledger.attempts():
+            console.print(attempt, markup=False, highlight=False)
+
+
+@sweep_app.command()
+def retry(spec: Spec = None, storage: Storage = None, name: Name = None, out: Out = None) -> None:
+    r"""Queue the failed cells of a sweep again; `run` or `work` then takes them.
+
+    \b
+    rlkl sweep retry recipes/sweep_kl.yaml
+    """
+    with refusing_bad_input():
+        ledger = _open(spec, storage, name, out)[0]
+    print(f"{ledger.retry()} cells wait again")
+
+
+@sweep_app.command()
+def frontier(
+    spec: Spec = None,
+    storage: Storage = None,
+    name: Name = None,
+    out: Out = None,
+    json: JsonOut = None,
+) -> None:
+    r"""Print the frontier of a sweep: shares, hypervolumes, comparisons at equal KL.
+
+    \b
+    rlkl sweep frontier recipes/sweep_kl.yaml
+    rlkl sweep frontier recipes/sweep_kl.yaml --json -
+    """
+    console = Console(stderr=json == "-")
+    with refusing_bad_input():
+        from rlkl.sweep.export import analyse, frontier_json
+        from rlkl.sweep.findings import findings
+        from rlkl.sweep.records import collect
+
+        result = collect(_open(spec, storage, name, out)[0])
+    with console.status(f"{len(result.points)} points"):
+        analysis = analyse(result)
+    if json is not None:
+        write_json(frontier_json(analysis), json)
+        return
+    for line in findings(analysis):
+        console.print(f"- {line['text']}", markup=False, highlight=False)
+
+
+@sweep_app.command()
+def report(
+    spec: Spec = None,
+    storage: Storage = None,
+    name: Name = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the report.")] = None,
+    records: Annotated[
+        Path | None, typer.Option(help="records.jsonl of an earlier report, in place of a sweep.")
+    ] = None,
+    wandb: Annotated[bool, typer.Option(help="Log the summary run to W&B.")] = True,
+) -> None:
+    r"""Write the page, the figures and all records of a sweep, finished or not.
+
+    \b
+    rlkl sweep report recipes/sweep_kl.yaml
+    rlkl sweep report --storage sqlite:///runs/sweep_kl/sweep.db --out report
+    """
+    console = Console()
+    with refusing_bad_input():
+        from rlkl.sweep.records import SweepResult, collect
+
+        if records is not None:
+            result, folder = SweepResult.load(records), out or Path("report")
+            identity = result.name
+        else:
+            ledger, sweep_folder = _open(spec, storage, name, None)
+            result, folder = collect(ledger), out or sweep_folder / "report"
+            identity = ledger.identity
+    _write_report(console, result, folder, identity if wandb else None)
+
+
+def _write_report(console: Console, result, folder: Path, identity: str | None) -> None:
+    """Writes a report; with an `identity`, its W&B summary run too."""
+    from rlkl.sweep.findings import findings
+    from rlkl.sweep.report import FILES, write_report
+
+    with console.status(f"a report of {len(result.points)} points"):
+        analysis = write_report(result, folder)
+        if identity is not None:
+            from rlkl.sweep.tracking import log_summary
+
+            log_summary(analysis, folder, identity)
+    for line in findings(analysis):
+        console.print(f"- {line['text']}", markup=False, highlight=False)
+    console.print(f"written to {folder}: {', '.join(FILES)}", highlight=False)
+
+
+def _open(
+    spec: Path | None, storage: str | None, name: str | None, out: Path | None
+) -> "tuple[Ledger, Path]":
+    """The sweep that is meant: by its spec's name, by its folder, or by its storage.
+
+    Raises:
+        ValueError: none of them is given.
+    """
+    from rlkl.sweep.driver import default_storage
+    from rlkl.sweep.ledger import Ledger
+
+    name = name or (_name_in(spec) if spec is not None else None)
+    if out is None and name is not None:
+        out = Path("runs") / name
+    if storage is None:
+        if out is None:
+            raise ValueError("which sweep? give its SPEC, --out FOLDER, or --storage URL")
+        if not (out / "sweep.db").is_file():
+            raise ValueError(f"{out} holds no sweep (no sweep.db); `rlkl sweep run` begins one")
+        storage = default_storage(out)
+    ledger = Ledger(storage, name)
+    return ledger, out or Path("runs") / ledger.name
+
+
+def _name_in(spec: Path) -> str:
+    """The name of the sweep of a YAML, which need not be checked again to look at its results."""
+    import yaml
+
+    if not spec.is_file():
+        raise FileNotFoundError(f"no such sweep: {spec}")
+    data = yaml.safe_load(spec.read_text())
+    return str(data.get("name", spec.stem)) if isinstance(data, dict) else spec.stem

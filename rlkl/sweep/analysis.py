@@ -1,0 +1,260 @@
+"""What a sweep's records say: front, shares, volumes, comparisons, efficiency, the judge."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from rlkl.sweep.frontier import Estimate, Replicas, attainment_surface, pareto_front
+from rlkl.sweep.records import Point, SweepResult
+
+Measure = Literal["reward", "judge"]
+GRID = 25
+"""KLs at which curves are compared and bands drawn."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two arms at equal KL: reward of the first minus reward of the second."""
+
+    first: str
+    second: str
+    kls: list[float]
+    difference: list[Estimate]
+    mean: Estimate
+    """Mean over the common range of KLs."""
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The frontier of a sweep by one measure: the reward, or the judge's score."""
+
+    measure: Measure
+    on_front: list[bool]
+    """By point."""
+    reference_point: tuple[float, float]
+    share_on_front: dict[str, Estimate]
+    hypervolume: dict[str, Estimate]
+    hypervolume_difference: dict[tuple[str, str], Estimate]
+    surfaces: dict[str, list[tuple[float, float]]]
+    """Median attainment surface of each arm: corners, by rising KL."""
+    attained: dict[str, list[Estimate]]
+    """The same at `kls`, with intervals."""
+    kls: list[float]
+    comparisons: list[Comparison]
+
+
+def frontier(result: SweepResult, measure: Measure = "reward", resamples: int = 500) -> Frontier:
+    """Everything about the front of one measure, with bootstrap intervals over seeds.
+
+    The reference point is (the largest KL measured, the reference's own mean score); without a
+    measured reference, the lowest score.
+    """
+    points = result.points
+    values = np.array([[p.kl, _value(p, measure)] for p in points])
+    replicas = _replicas(points, values)
+    floor = float(values[:, 1].min())
+    if result.reference is not None:
+        floor = float(result.reference[measure])
+    reference_point = (float(values[:, 0].max()), floor)
+    kls = np.linspace(0.0, reference_point[0], GRID)
+    arms = replicas.names
+    original = replicas.original()
+
+    shares = replicas.interval(replicas.share_on_front, resamples=resamples, bounds=(0.0, 1.0))
+    pairs = list(itertools.combinations(arms, 2))
+    first = [arms.index(a) for a, _ in pairs]
+    second = [arms.index(b) for _, b in pairs]
+
+    def volumes(drawn: np.ndarray) -> np.ndarray:
+        each = replicas.hypervolumes(drawn, reference_point)
+        return np.concatenate([each, each[first] - each[second]])
+
+    covered = replicas.interval(volumes, resamples=resamples)
+    within = replicas.best_within(kls)
+    surfaces = {}
+    for arm in arms:
+        rows = original[[c for c, name in enumerate(replicas.arms) if name == arm]]
+        index = [replicas.points_of(column) for column in rows.T if (column >= 0).any()]
+        sets = np.repeat(np.arange(len(index)), [len(i) for i in index])
+        corners = attainment_surface(values[np.concatenate(index)], sets, 0.5)
+        surfaces[arm] = [(float(kl), float(score)) for kl, score in corners]
+    return Frontier(
+        measure=measure,
+        on_front=pareto_front(values).tolist(),
+        reference_point=reference_point,
+        share_on_front=dict(zip(arms, shares, strict=True)),
+        hypervolume=dict(zip(arms, covered[: len(arms)], strict=True)),
+        hypervolume_difference=dict(zip(pairs, covered[len(arms) :], strict=True)),
+        surfaces=surfaces,
+        attained={
+            arm: replicas.interval(
+                lambda drawn, arm=arm: replicas.attained(drawn, arm, within, floor),
+                [arm],
+                resamples,
+                bounds=(floor, np.inf),
+            )
+            for arm in arms
+        },
+        kls=kls.tolist(),
+        comparisons=[c for pair in pairs if (c := _compare(replicas, *pair, resamples))],
+    )
+
+
+def _value(point: Point, measure: Measure) -> float:
+    value = point.reward if measure == "reward" else point.judge
+    assert value is not None  # callers ask for the judge only where there is one
+    return value
+
+
+def _replicas(points: Sequence[Point], values: np.ndarray) -> Replicas:
+    runs = {run: i for i, run in enumerate(dict.fromkeys(p.run_id for p in points))}
+    of_run = {p.run_id: p for p in points}
+    numbers = sorted({p.configuration for p in points})
+    arm_of = {p.configuration: p.arm for p in points}
+    return Replicas(
+        values,
+        np.array([runs[p.run_id] for p in points]),
+        np.array([numbers.index(of_run[run].configuration) for run in runs]),
+        [arm_of[number] for number in numbers],
+    )
+
+
+def _compare(replicas: Replicas, first: str, second: str, resamples: int) -> Comparison | None:
+    span = replicas.common_range(first, second)
+    if span is None:
+        return None
+    kls = np.linspace(*span, GRID)
+
+    def difference(drawn: np.ndarray) -> np.ndarray:
+        at = replicas.reward_at(drawn, first, kls) - replicas.reward_at(drawn, second, kls)
+        return np.append(at, np.trapezoid(at, kls) / (span[1] - span[0]))
+
+    estimates = replicas.interval(difference, [first, second], resamples)
+    return Comparison(first, second, kls.tolist(), estimates[:-1], estimates[-1])
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Reward gain of a point as a share of the optimum's gain at the same KL."""
+
+    share: float
+    stderr: float
+    upper_bound: bool
+    """Whether its KL is beyond what the samples of the reference carry: the optimum's gain there is
+    at least that at their limit, and the share at most this."""
+
+
+def efficiencies(result: SweepResult) -> list[Efficiency | None]:
+    """By point; None without a measured reference, or where the optimum gains nothing.
+
+    (reward − reward_ref) / (reward*(KL) − reward_ref), reward* linear between the tilt's points
+    from (0, reward_ref) on. The error is that of the point's reward and KL; the reference's is
+    common to all and much smaller.
+    """
+    if result.reference is None:
+        return [None] * len(result.points)
+    start = result.reference["reward"]
+    trusted = [point for point in result.reference["optimal"] if point["trusted"]]
+    kls = np.array([0.0, *(point["kl"] for point in trusted)])
+    gains = np.array([0.0, *(point["reward"] - start for point in trusted)])
+    found: list[Efficiency | None] = []
+    for point in result.points:
+        best = float(np.interp(point.kl, kls, gains))
+        if best <= 0:
+            found.append(None)
+            continue
+        beyond = bool(point.kl > kls[-1])
+        step = 0.01 * kls[-1]
+        ahead, behind = np.interp([point.kl + step, point.kl - step], kls, gains)
+        slope = 0.0 if beyond else float(ahead - behind) / (2 * step)
+        share = float((point.reward - start) / best)
+        error = float(np.hypot(point.reward_se, share * slope * point.kl_se)) / best
+        found.append(Efficiency(share, error, beyond))
+    return found
+
+
+@dataclass(frozen=True)
+class OverOptimisation:
+    """An arm whose reward rises on while the judge's score does not (Gao et al., 2022)."""
+
+    arm: str
+    from_kl: float
+    to_kl: float
+    reward_rise: float
+    judge_change: float
+    judge_falls: bool
+    """Whether the judge's change is below 0 by more than its error, not just no rise."""
+
+
+def over_optimisation(result: SweepResult) -> dict[str, OverOptimisation | None]:
+    """For each arm, from which KL on its reward rises while the judge does not; None: not seen.
+
+    Between the means of the configurations, by rising KL: the judge's best configuration j and a
+    later one k with reward_k − reward_j above 1.96 standard errors while judge_k ≤ judge_j. The
+    standard error of a mean over seeds is that of its spread; of a single seed, the evaluation's.
+    Scaling laws for reward model overoptimization (Gao, Schulman and Hilton, 2022),
+    https://arxiv.org/abs/2210.10760.
+    """
+    found: dict[str, OverOptimisation | None] = {}
+    for arm in result.arms:
+        runs = [p for p in result.ends if p.arm == arm and p.judge is not None]
+        means = sorted(
+            (
+                _mean_of([p for p in runs if p.configuration == c])
+                for c in {p.configuration for p in runs}
+            ),
+            key=lambda m: m["kl"][0],
+        )
+        found[arm] = _first_turn(arm, means)
+    return found
+
+
+def _first_turn(arm: str, means: list[dict[str, tuple[float, float]]]) -> OverOptimisation | None:
+    if not means:
+        return None
+    top = max(range(len(means)), key=lambda i: means[i]["judge"][0])
+    best = means[top]
+    for later in means[top + 1 :]:
+        rise = later["reward"][0] - best["reward"][0]
+        change = later["judge"][0] - best["judge"][0]
+        if rise > 1.96 * np.hypot(later["reward"][1], best["reward"][1]):
+            falls = change < -1.96 * np.hypot(later["judge"][1], best["judge"][1])
+            return OverOptimisation(arm, best["kl"][0], later["kl"][0], rise, change, bool(falls))
+    return None
+
+
+def _mean_of(runs: Sequence[Point]) -> dict[str, tuple[float, float]]:
+    """Mean and standard error over the seeds of one configuration."""
+    means = {}
+    for name in ("kl", "reward", "judge"):
+        values = np.array([getattr(run, name) for run in runs])
+        error = float(getattr(runs[0], f"{name}_se"))
+        if len(runs) > 1:
+            error = float(values.std(ddof=1) / np.sqrt(len(runs)))
+        means[name] = (float(values.mean()), error)
+    return means
+
+
+def configuration_means(result: SweepResult) -> list[dict[str, Any]]:
+    """One row a configuration: means over its seeds with standard errors, by arm and KL."""
+    rows = []
+    for number in sorted({p.configuration for p in result.points}):
+        runs = [p for p in result.ends if p.configuration == number]
+        row: dict[str, Any] = {
+            "arm": runs[0].arm,
+            "kl_coef": runs[0].kl_coef,
+            "label": runs[0].label,
+        }
+        row["seeds"] = len(runs)
+        for name in ("kl", "reward", "judge"):
+            values = [getattr(run, name) for run in runs]
+            if None in values:
+                continue
+            row[name] = float(np.mean(values))
+            spread = float(np.std(values, ddof=1) / np.sqrt(len(runs))) if len(runs) > 1 else None
+            row[f"{name}_se"] = spread if spread is not None else getattr(runs[0], f"{name}_se")
+        rows.append(row)
+    return sorted(rows, key=lambda row: (result.arms.index(row["arm"]), row["kl"]))

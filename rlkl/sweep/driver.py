@@ -1,0 +1,130 @@
+"""Runs a sweep on this machine: begins it, keeps workers alive, stops them with checkpoints."""
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rlkl.sweep.ledger import Ledger, open_ledger
+from rlkl.sweep.spec import SweepSpec
+from rlkl.sweep.study import ConfigurationStudy
+from rlkl.sweep.worker import threads_for
+
+RESTARTS = 100
+"""How often workers that were killed are replaced."""
+
+
+def default_folder(spec: SweepSpec) -> Path:
+    """Where a sweep's files go unless said otherwise."""
+    return Path("runs") / spec.name
+
+
+def default_storage(folder: Path) -> str:
+    """The sweep's own SQLite database."""
+    return f"sqlite:///{folder.resolve() / 'sweep.db'}"
+
+
+def begin_sweep(spec: SweepSpec, storage: str, folder: Path) -> Ledger:
+    """Opens the sweep in the storage and puts its cells there, as far as they are known.
+
+    Raises:
+        ValueError: the folder holds the cells of another sweep, or the storage another spec.
+    """
+    ledger = open_ledger(storage, spec, secrets.token_hex(8))
+    for plan in folder.glob("*/cell.json"):
+        if json.loads(plan.read_text())["sweep"] != ledger.identity:
+            raise ValueError(
+                f"{plan.parent} belongs to another sweep; delete {folder}, or choose another --out"
+            )
+    if spec.evaluation.reference_samples > 0:
+        ledger.add_reference()
+    ConfigurationStudy(ledger).settle()
+    return ledger
+
+
+class Driver:
+    """Workers on this machine, as processes that end when this one does.
+
+    Args:
+        ledger: of the sweep.
+        folder: where the cells' folders and the workers' logs go.
+        workers: how many.
+        threads: CPU threads of each; None divides this machine's among them.
+        recipe: script in place of the one that the spec names.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        folder: Path,
+        workers: int,
+        threads: int | None = None,
+        recipe: str | None = None,
+    ) -> None:
+        self.ledger, self.folder = ledger, folder
+        self.command = {
+            "storage": ledger.url,
+            "name": ledger.name,
+            "out": str(folder.resolve()),
+            "threads": threads or threads_for(workers),
+            "recipe": recipe,
+            "parent": os.getpid(),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        self.workers = {number: self._start(number) for number in range(workers)}
+        self.restarts = 0
+
+    def _start(self, number: int) -> subprocess.Popen[bytes]:
+        with (self.folder / f"worker-{number}.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "rlkl.sweep.worker", json.dumps(self.command)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def run(self, on_tick: Callable[[], None], seconds_between: float = 1.0) -> None:
+        """Waits until every cell has ended; a worker that was killed is replaced.
+
+        On KeyboardInterrupt the workers stop with a checkpoint before it goes on upwards.
+
+        Raises:
+            RuntimeError: a worker failed by itself: a fault of this program or of the storage.
+        """
+        try:
+            while self.workers:
+                on_tick()
+                time.sleep(seconds_between)
+                for number, worker in list(self.workers.items()):
+                    code = worker.poll()
+                    if code == 0:
+                        del self.workers[number]
+                    elif code is not None:
+                        self._replace(number, code)
+        finally:
+            self.stop()
+        on_tick()
+
+    def _replace(self, number: int, code: int) -> None:
+        self.restarts += 1
+        if code > 0 or self.restarts > RESTARTS:
+            log = self.folder / f"worker-{number}.log"
+            last = log.read_text(errors="replace").strip().splitlines()[-1:]
+            raise RuntimeError(
+                f"worker {number} ended with code {code}: {''.join(last)} (see {log})"
+            )
+        self.workers[number] = self._start(number)
+
+    def stop(self) -> None:
+        """Tells the workers to stop and waits until their cells have written their checkpoints."""
+        for worker in self.workers.values():
+            if worker.poll() is None:
+                worker.send_signal(signal.SIGINT)
+        for worker in self.workers.values():
+            worker.wait()

@@ -1,0 +1,129 @@
+"""A sweep's results for programs: one JSON record, and a CSV with a line a point."""
+
+import csv
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rlkl.sweep.analysis import (
+    Comparison,
+    Efficiency,
+    Frontier,
+    OverOptimisation,
+    configuration_means,
+    efficiencies,
+    frontier,
+    over_optimisation,
+)
+from rlkl.sweep.records import SweepResult
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Everything that the report, the JSON and W&B show, computed once."""
+
+    result: SweepResult
+    reward: Frontier
+    judge: Frontier | None
+    efficiency: list[Efficiency | None]
+    over_optimised: dict[str, OverOptimisation | None]
+    means: list[dict[str, Any]]
+
+
+def analyse(result: SweepResult, resamples: int = 500) -> Analysis:
+    """Analyses a sweep by its reward and, where every point has one, by its judge's score."""
+    judged = all(point.judge is not None for point in result.points)
+    return Analysis(
+        result=result,
+        reward=frontier(result, "reward", resamples),
+        judge=frontier(result, "judge", resamples) if judged else None,
+        efficiency=efficiencies(result),
+        over_optimised=over_optimisation(result) if judged else {},
+        means=configuration_means(result),
+    )
+
+
+def point_rows(analysis: Analysis) -> list[dict[str, Any]]:
+    """One flat record a point."""
+    rows = []
+    for index, point in enumerate(analysis.result.points):
+        row = {k: v for k, v in vars(point).items() if k != "extra"} | point.extra
+        row["on_front"] = analysis.reward.on_front[index]
+        if analysis.judge is not None:
+            row["on_judge_front"] = analysis.judge.on_front[index]
+        efficiency = analysis.efficiency[index]
+        if efficiency is not None:
+            row["efficiency"], row["efficiency_se"] = efficiency.share, efficiency.stderr
+            row["efficiency_is_upper_bound"] = efficiency.upper_bound
+        rows.append(row)
+    return rows
+
+
+def frontier_json(analysis: Analysis) -> dict[str, Any]:
+    """The record of ``rlkl sweep frontier --json``.
+
+    ``points``, ``share_on_front`` and ``hypervolume`` (each {value, ci95}),
+    ``hypervolume_difference``, ``reference_point`` [KL, reward], ``optimal`` [[KL, reward,
+    trusted], …], ``best_of_n`` [[n, KL bound, reward], …], ``comparisons`` at equal KL,
+    ``over_optimisation``, and under ``judge`` the same by the judge's score.
+    """
+    record = {"name": analysis.result.name, "points": point_rows(analysis)}
+    record |= _measure(analysis, analysis.reward)
+    if analysis.judge is not None:
+        record["judge"] = _measure(analysis, analysis.judge)
+    record["over_optimisation"] = {
+        arm: None if found is None else asdict(found)
+        for arm, found in analysis.over_optimised.items()
+    }
+    record["failed"] = analysis.result.failed
+    return record
+
+
+def _measure(analysis: Analysis, front: Frontier) -> dict[str, Any]:
+    reference = analysis.result.reference or {}
+    return {
+        "share_on_front": {arm: e.as_json() for arm, e in front.share_on_front.items()},
+        "hypervolume": {arm: e.as_json() for arm, e in front.hypervolume.items()},
+        "hypervolume_difference": {
+            f"{a} - {b}": e.as_json() for (a, b), e in front.hypervolume_difference.items()
+        },
+        "reference_point": list(front.reference_point),
+        "attainment": {arm: [list(c) for c in s] for arm, s in front.surfaces.items()},
+        "comparisons": [_comparison(c) for c in front.comparisons],
+        "optimal": [
+            [p["kl"], score(p, front.measure)[0], p["trusted"]]
+            for p in reference.get("optimal", [])
+        ],
+        "best_of_n": [
+            [p["n"], p["kl_bound"], score(p, front.measure)[0]]
+            for p in reference.get("best_of_n", [])
+        ],
+    }
+
+
+def _comparison(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "first": comparison.first,
+        "second": comparison.second,
+        "mean_difference": comparison.mean.as_json(),
+        "kl": comparison.kls,
+        "difference": [e.as_json() for e in comparison.difference],
+    }
+
+
+def score(point: dict[str, Any], measure: str) -> tuple[float, float]:
+    """Reward or judge of a point of a reference curve, with its standard error."""
+    if measure == "reward":
+        return point["reward"], point["reward_se"]
+    mean, stderr = point["others"][measure]
+    return mean, stderr
+
+
+def write_csv(analysis: Analysis, path: Path) -> None:
+    """One line a point."""
+    rows = point_rows(analysis)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)

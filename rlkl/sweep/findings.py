@@ -1,0 +1,100 @@
+"""A sweep in sentences: what its page, its W&B summary and the command line say of it."""
+
+from typing import Any
+
+from rlkl.sweep.analysis import Comparison
+from rlkl.sweep.export import Analysis
+from rlkl.sweep.frontier import Estimate
+
+
+def findings(analysis: Analysis) -> list[dict[str, Any]]:
+    """The sweep in sentences, most important first; `warn` marks what should not be overlooked."""
+    result, front = analysis.result, analysis.reward
+    lines: list[dict[str, Any]] = []
+
+    def say(text: str, warn: bool = False) -> None:
+        lines.append({"text": text, "warn": warn})
+
+    for comparison in front.comparisons:
+        say(_said(comparison))
+    shares = ", ".join(f"{arm} {percent(e)}" for arm, e in front.share_on_front.items())
+    say(f"Share of the reward-vs-KL front: {shares}.")
+    for arm, found in analysis.over_optimised.items():
+        if found is None:
+            continue
+        judged = "falls" if found.judge_falls else "does not rise"
+        say(
+            f"Over-optimisation: with {arm}, from {found.from_kl:.2f} nats on the reward still "
+            f"rises (by {found.reward_rise:.2f} up to {found.to_kl:.2f} nats) while the judge "
+            f"{judged} ({found.judge_change:+.2f}). Beyond, the reward says less than it seems "
+            "(Gao et al., 2022).",
+            warn=True,
+        )
+    unseen = [arm for arm, found in analysis.over_optimised.items() if found is None]
+    if unseen:
+        most = max(p.kl for p in result.points)
+        say(
+            f"No over-optimisation seen up to {most:.2f} nats with {', '.join(unseen)}: where the "
+            "reward rises by more than its error, so does the judge."
+        )
+    reached = [
+        (e.share, p)
+        for e, p in zip(analysis.efficiency, result.points, strict=True)
+        if e is not None and p.last and not e.upper_bound
+    ]
+    if reached:
+        share, point = max(reached, key=lambda pair: pair[0])
+        say(
+            f"The best run reaches {share:.0%} of the gain that is possible at its KL "
+            f"({point.label}, seed {point.seed}, {point.kl:.2f} nats)."
+        )
+    seeds = {p.seed for p in result.points}
+    if len(seeds) < 3:
+        say(
+            f"Only {len(seeds)} seed{'s' * (len(seeds) > 1)}: "
+            + (
+                "no interval over seeds can be given."
+                if len(seeds) == 1
+                else "intervals are rough."
+            ),
+            warn=True,
+        )
+    if result.failed:
+        say(f"{len(result.failed)} cells failed and are missing here.", warn=True)
+    return lines
+
+
+def _said(comparison: Comparison) -> str:
+    more, less, mean = comparison.first, comparison.second, comparison.mean
+    if mean.value < 0:
+        more, less = less, more
+        ci95 = None if mean.ci95 is None else (-mean.ci95[1], -mean.ci95[0])
+        mean = Estimate(-mean.value, ci95)
+    verdict = ""
+    if mean.ci95 is not None and mean.ci95[0] <= 0:
+        verdict = " The interval holds 0: no difference is shown."
+    return (
+        f"At equal KL, from {comparison.kls[0]:.2f} to {comparison.kls[-1]:.2f} nats, {more} has "
+        f"{signed(mean)} reward over {less}.{verdict}"
+    )
+
+
+def percent(estimate: Estimate) -> str:
+    """A share with its interval: 80% [60%, 95%]."""
+    if estimate.ci95 is None:
+        return f"{estimate.value:.0%}"
+    return f"{estimate.value:.0%} [{estimate.ci95[0]:.0%}, {estimate.ci95[1]:.0%}]"
+
+
+def plain(estimate: Estimate) -> str:
+    """A size with its interval."""
+    if estimate.ci95 is None:
+        return f"{estimate.value:.2f}"
+    return f"{estimate.value:.2f} [{estimate.ci95[0]:.2f}, {estimate.ci95[1]:.2f}]"
+
+
+def signed(estimate: Estimate) -> str:
+    """A difference with its interval, signs written."""
+    if estimate.ci95 is None:
+        return f"{estimate.value:+.2f}"
+    return f"{estimate.value:+.2f} [{estimate.ci95[0]:+.2f}, {estimate.ci95[1]:+.2f}]"

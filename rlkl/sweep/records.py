@@ -1,0 +1,133 @@
+"""What a sweep has measured, as flat records: one a point, with the configuration it came from."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlkl.sweep.ledger import REFERENCE, Ledger
+
+
+@dataclass(frozen=True)
+class Point:
+    """One policy, measured: KL in nats per response, reward and judge in their own units."""
+
+    run_id: str
+    arm: str
+    """Which estimator, placement or other settings: what is compared."""
+    label: str
+    configuration: int
+    seed: int
+    kl_coef: float
+    step: int
+    last: bool
+    """Whether it is the end of its run; the others are checkpoints on the way."""
+    kl: float
+    kl_se: float
+    reward: float
+    reward_se: float
+    judge: float | None = None
+    judge_se: float | None = None
+    seconds: float = 0.0
+    estimator: str | None = None
+    placement: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What else the evaluator measured."""
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """Everything a report is made of."""
+
+    name: str
+    points: list[Point]
+    reference: dict[str, Any] | None
+    """Reward and judge of the reference, ``optimal`` and ``best_of_n``: see the evaluator."""
+    samples: dict[str, list[dict[str, Any]]]
+    """Texts by run."""
+    failed: dict[str, str]
+    """Failed cells with their notes."""
+    spec: dict[str, Any]
+    versions: dict[str, str]
+
+    @property
+    def arms(self) -> list[str]:
+        """What is compared, in the order of the grid."""
+        return list(
+            dict.fromkeys(p.arm for p in sorted(self.points, key=lambda p: p.configuration))
+        )
+
+    @property
+    def ends(self) -> list[Point]:
+        """The points at the ends of the runs."""
+        return [point for point in self.points if point.last]
+
+    def save(self, path: Path) -> None:
+        """Writes records as JSON lines: the sweep itself first, then a line a point."""
+        head = {k: v for k, v in vars(self).items() if k != "points"}
+        rows = [{"sweep": head}, *(vars(point) for point in self.points)]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        path.write_text(text, encoding="utf-8")
+
+    @staticmethod
+    def load(path: str | Path) -> "SweepResult":
+        """What `save` wrote.
+
+        Raises:
+            ValueError: the file is not one of ours.
+        """
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        head = json.loads(lines[0]).get("sweep") if lines else None
+        if head is None:
+            raise ValueError(f"{path} holds no sweep's records (its first line names none)")
+        return SweepResult(points=[Point(**json.loads(line)) for line in lines[1:]], **head)
+
+
+_MEASURED = ("step", "kl", "kl_se", "reward", "reward_se", "judge", "judge_se")
+
+
+def collect(ledger: Ledger) -> SweepResult:
+    """The records of all cells that are done.
+
+    Raises:
+        ValueError: no cell is done yet.
+    """
+    points: list[Point] = []
+    samples: dict[str, list[dict[str, Any]]] = {}
+    versions: dict[str, str] = {}
+    reference = None
+    cells = ledger.cells()
+    for cell in cells:
+        if cell.state != "done" or cell.record is None:
+            continue
+        versions |= cell.record.get("versions", {})
+        if cell.key == REFERENCE:
+            reference = cell.record["reference"]
+            continue
+        samples[cell.key] = cell.record.get("samples", [])
+        measured: Sequence[dict[str, Any]] = cell.record["points"]
+        for measurement in measured:
+            points.append(
+                Point(
+                    run_id=cell.key,
+                    arm=cell.arm,
+                    label=cell.label,
+                    configuration=cell.configuration,
+                    seed=cell.seed,
+                    kl_coef=float(cell.settings.get("kl_coef", 0.0)),
+                    last=measurement is measured[-1],
+                    seconds=round(cell.seconds, 1),
+                    estimator=cell.settings.get("kl_estimator"),
+                    placement=cell.settings.get("kl_placement"),
+                    extra={k: v for k, v in measurement.items() if k not in _MEASURED},
+                    **{k: measurement[k] for k in _MEASURED if k in measurement},
+                )
+            )
+    if not points:
+        raise ValueError(f"no cell of {ledger.name} is done yet: nothing to report")
+    failed = {cell.key: cell.error or "" for cell in cells if cell.state == "failed"}
+    spec = json.loads(ledger.spec.to_json())
+    for name in ("recipe", "config"):  # where they lie on this machine says nothing to others
+        spec[name] = spec[name] and Path(spec[name]).name
+    return SweepResult(ledger.name, points, reference, samples, failed, spec, versions)

@@ -1,0 +1,127 @@
+"""The configurations of a sweep as the trials of an Optuna study: least KL, most reward."""
+
+import json
+from collections import defaultdict
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import TrialState
+from sqlalchemy import NullPool
+
+from rlkl.sweep.ledger import Cell, Ledger, engine_of
+from rlkl.sweep.spec import SearchSpec
+
+
+class ConfigurationStudy:
+    """Asks for configurations and tells what became of them.
+
+    A trial is a configuration; its seeds are cells of the ledger. Its two values are the means over
+    them. The study says which configurations there are; which cell is run by whom is the ledger's.
+    Every method may be called by several processes, and again after one was killed in it.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.ledger, self.spec = ledger, ledger.spec
+        self._told: set[int] = set()
+        url = engine_of(ledger.url).url
+        options: dict[str, Any] = {"poolclass": NullPool}
+        if url.get_backend_name() == "sqlite":
+            options["connect_args"] = {"timeout": 120}
+        storage = optuna.storages.RDBStorage(
+            url.render_as_string(hide_password=False), engine_kwargs=options
+        )
+        self.study = optuna.create_study(
+            storage=storage,
+            study_name=ledger.name,
+            directions=["minimize", "maximize"],
+            load_if_exists=True,
+            sampler=_sampler(self.spec.search),
+        )
+
+    def settle(self) -> None:
+        """Tells the study of configurations whose seeds have all ended; adds those that are due."""
+        cells = [c for c in self.ledger.cells(records=False) if c.configuration >= 0]
+        by_number: dict[int, list[Cell]] = defaultdict(list)
+        for cell in cells:
+            by_number[cell.configuration].append(cell)
+        for number in by_number.keys() - self._told:
+            if all(cell.state in ("done", "failed") for cell in by_number[number]):
+                self._tell(by_number[number])
+                self._told.add(number)
+        missing = [n for n in range(self.spec.num_configurations) if n not in by_number]
+        idle = not any(cell.state == "waiting" for cell in cells)
+        if missing and (self.spec.search is None or idle):
+            with self.ledger.proposing() as alone:
+                if alone:
+                    for number in missing[: 1 if self.spec.search else None]:
+                        self._propose(number)
+
+    def _propose(self, number: int) -> None:
+        """Asks the sampler for configuration `number` and adds its cells."""
+        arm = self.spec.arms[number % len(self.spec.arms)]
+        fixed = {name: _choice(value) for name, value in arm.items()}
+        self.study.enqueue_trial(fixed)
+        trial = self.study.ask(self._distributions())
+        if any(trial.params[name] != value for name, value in fixed.items()):
+            self.study.tell(trial, state=TrialState.FAIL)  # left by a process that was killed here
+            return
+        searched = {name: trial.params[name] for name in self._searched()}
+        configuration = self.spec.configuration(number, searched)
+        trial.set_user_attr("configuration", number)
+        trial.set_user_attr("label", configuration.label)
+        if not self.ledger.add_configuration(configuration, trial.number):
+            self.study.tell(trial, state=TrialState.FAIL)
+
+    def _tell(self, cells: list[Cell]) -> None:
+        number = cells[0].trial
+        records = [self.ledger.cell(cell.key).record for cell in cells if cell.state == "done"]
+        ends = [record["points"][-1] for record in records if record]
+        state = TrialState.COMPLETE if ends else TrialState.FAIL
+        values = None
+        if ends:
+            values = [float(np.mean([end[name] for end in ends])) for name in ("kl", "reward")]
+        with suppress(UpdateFinishedTrialError):  # another worker was first, with the same values
+            self.study.tell(number, values, state=state, skip_if_finished=True)
+
+    def _searched(self) -> dict[str, dict[str, Any]]:
+        return self.spec.search.fields if self.spec.search else {}
+
+    def _distributions(self) -> dict[str, BaseDistribution]:
+        names = dict.fromkeys(name for arm in self.spec.arms for name in arm)
+        choices = {
+            name: list(dict.fromkeys(_choice(arm[name]) for arm in self.spec.arms if name in arm))
+            for name in names
+        }
+        grid = {name: CategoricalDistribution(values) for name, values in choices.items()}
+        return grid | {name: _range(limits) for name, limits in self._searched().items()}
+
+
+def _choice(value: Any) -> Any:
+    """A value as Optuna stores it."""
+    return value if isinstance(value, str | int | float | bool | None) else json.dumps(value)
+
+
+def _range(limits: dict[str, Any]) -> BaseDistribution:
+    whole = all(isinstance(limits[end], int) for end in ("low", "high"))
+    kind = IntDistribution if whole and not limits.get("log") else FloatDistribution
+    return kind(limits["low"], limits["high"], log=bool(limits.get("log", False)))
+
+
+def _sampler(search: SearchSpec | None) -> optuna.samplers.BaseSampler:
+    seed = search.seed if search else 0
+    kind = search.sampler if search else "random"
+    if kind == "tpe":
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=6, constant_liar=True)
+    if kind == "nsgaii":
+        return optuna.samplers.NSGAIISampler(seed=seed)
+    return optuna.samplers.RandomSampler(seed=seed)

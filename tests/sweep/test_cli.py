@@ -1,0 +1,131 @@
+"""`rlkl sweep` as people use it: plans, nonsense, looking at a sweep, reporting it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlkl.cli.main import main
+from rlkl.sweep.driver import begin_sweep, default_storage
+from rlkl.sweep.spec import load_spec
+
+RECORD = {
+    "kl_se": 0.1,
+    "reward_se": 0.1,
+    "step": 4,
+}
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr("sys.argv", ["rlkl", "sweep", *words])
+    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0)
+
+
+@pytest.fixture
+def finished(write_spec, tmp_path) -> Path:
+    """The folder of a sweep whose cells are done, but for one that failed."""
+    script = str(Path(__file__).parent / "fake_evaluator.py")
+    spec = load_spec(write_spec(evaluation={"script": script, "reference_samples": 0}))
+    out = tmp_path / "out"
+    ledger = begin_sweep(spec, default_storage(out), out)
+    while (cell := ledger.claim("worker")) is not None:
+        if cell.key == "003-seed1":
+            ledger.fail(cell, "exit code 3\nno memory")
+            continue
+        kl = 1 / cell.settings["kl_coef"] + 0.01 * cell.seed
+        point = RECORD | {"kl": kl, "reward": kl**0.5}
+        ledger.finish(cell, {"points": [point], "samples": []})
+    return out
+
+
+def test_a_dry_run_lists_the_cells_and_the_time_and_writes_nothing(
+    write_spec, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    spec = str(write_spec(minutes_per_cell=3))
+    assert run(monkeypatch, "run", spec, "--dry-run", "--workers", "2") == 0
+    said = capsys.readouterr().out
+    assert "003-seed1  rb kl_coef=1" in said
+    assert "8 cells with 2 worker(s): 12 min" in said
+    assert {file.name for file in tmp_path.iterdir()} == {"fake.yaml"}
+
+
+def test_a_dry_run_of_a_search_says_what_is_searched(write_spec, tmp_path, monkeypatch, capsys):
+    search = {"configurations": 6, "kl_coef": {"low": 0.01, "high": 1.0, "log": True}}
+    spec = str(write_spec(search=search, grid={"kl_estimator": ["k1", "rb"]}))
+    assert run(monkeypatch, "run", spec, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "6 configurations chosen by tpe" in said
+    assert "12 cells with 1 worker(s): unknown until the first cell has ended" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "none.yaml"], "no such sweep"),
+        (["run", "bad.yaml"], "did you mean kl_coef?"),
+        (["run", "bad.yaml", "--workers", "0"], "--workers"),
+        (["status"], "which sweep?"),
+        (["status", "none.yaml"], "no such sweep"),
+        (["status", "--out", "nowhere"], "holds no sweep"),
+        (["frontier", "--storage", "sqlite:///empty.db"], "holds the sweeps []"),
+        (["report", "--storage", "nonsense"], "nonsense"),
+        (["work", "--storage", "sqlite:///empty.db", "--name", "x"], "holds no sweep 'x'"),
+        (["retry"], "which sweep?"),
+        (["wander"], "wander"),
+    ],
+)
+def test_nonsense_is_one_line_and_exit_code_2(
+    write_spec, tmp_path, monkeypatch, capsys, words, message
+):
+    monkeypatch.chdir(tmp_path)
+    write_spec(grid={"kl_coeff": [0.1]}).rename(tmp_path / "bad.yaml")
+    assert run(monkeypatch, *words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_status_shows_states_notes_and_the_journal(finished, monkeypatch, capsys):
+    assert run(monkeypatch, "status", "--out", str(finished), "--journal") == 0
+    said = capsys.readouterr().out
+    assert "7 done" in said
+    assert "no memory" in said
+    assert "'outcome': 'done'" in said
+    assert run(monkeypatch, "status", "--out", str(finished), "--json", "-") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert len(record["cells"]) == 8
+    assert record["seconds_left"] is not None
+
+
+def test_retry_queues_the_failed_again(finished, monkeypatch, capsys):
+    assert run(monkeypatch, "retry", "--out", str(finished)) == 0
+    assert capsys.readouterr().out == "1 cells wait again\n"
+    assert run(monkeypatch, "retry", "--out", str(finished)) == 0
+    assert capsys.readouterr().out == "0 cells wait again\n"
+
+
+def test_frontier_prints_sentences_or_the_json(finished, monkeypatch, capsys):
+    assert run(monkeypatch, "frontier", "--out", str(finished)) == 0
+    assert "Share of the reward-vs-KL front" in capsys.readouterr().out
+    assert run(monkeypatch, "frontier", "--out", str(finished), "--json", "-") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert set(record["share_on_front"]) == {"k1", "rb"}
+    assert len(record["points"]) == 7
+
+
+def test_report_writes_the_page_from_a_storage_or_from_stored_records(
+    finished, tmp_path, monkeypatch, capsys
+):
+    one, two = tmp_path / "one", tmp_path / "two"
+    storage = default_storage(finished)
+    assert run(monkeypatch, "report", "--storage", storage, "--out", str(one), "--no-wandb") == 0
+    assert "written to" in capsys.readouterr().out
+    records = str(one / "records.jsonl")
+    assert run(monkeypatch, "report", "--records", records, "--out", str(two), "--no-wandb") == 0
+    assert (two / "index.html").read_text()[:15] == "<!doctype html>"

@@ -1,0 +1,105 @@
+"""The evaluator: clustered errors, the same measurement for every cell, and what it writes."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+from rlkl.sweep.evaluator import Evaluator, clustered
+
+EVALUATION = {"prompts": 6, "responses_per_prompt": 3, "seed": 0, "samples": 2}
+EVALUATION |= {"reference_samples": 32, "checkpoints": False}
+
+
+@pytest.fixture
+def settings(
+    tmp_path: Path, make_lm: Callable[..., Any], make_tokenizer: Callable[..., Any]
+) -> dict[str, Any]:
+    """A tiny policy, classifier and prompts in folders, as a recipe's settings name them."""
+    tokenizer = make_tokenizer(pad_is_eos=False)
+    make_lm(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    config = DistilBertConfig(
+        vocab_size=len(tokenizer),
+        dim=16,
+        hidden_dim=16,
+        n_layers=1,
+        n_heads=2,
+        id2label={0: "NEGATIVE", 1: "POSITIVE"},
+        label2id={"NEGATIVE": 0, "POSITIVE": 1},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        DistilBertForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
+    tokenizer.save_pretrained(tmp_path / "classifier")
+    (tmp_path / "prompts.txt").write_text("the film\nthis plot was\na superb end\nit is\n" * 2)
+    classifier = str(tmp_path / "classifier")
+    return {
+        "model_name_or_path": str(tmp_path / "policy"),
+        "ref_model_name_or_path": None,
+        "reward_model": classifier,
+        "positive_label": None,
+        "reward_score": "log_odds",
+        "reward_clamp": None,
+        "judge_model": classifier,
+        "eval_prompts": str(tmp_path / "prompts.txt"),
+        "response_length": 5,
+        "temperature": 1.0,
+        "max_steps": 2,
+    }
+
+
+def test_errors_are_those_of_the_prompts_means():
+    """Ten equal responses to each of two prompts say no more than one."""
+    values = torch.tensor([1.0] * 10 + [3.0] * 10)
+    mean, stderr = clustered(values, 10)
+    assert (mean, stderr) == (2.0, 1.0)
+    naive = float(values.std() / 20**0.5)
+    assert naive < 0.3
+
+
+def test_the_reference_against_itself_has_no_kl_and_its_own_curves(settings):
+    evaluator = Evaluator(settings, EVALUATION)
+    point, samples = evaluator.point(evaluator.ref, 0)
+    assert point["kl"] == point["kl_k1"] == point["kl_se"] == 0
+    assert point["reward"] == pytest.approx(point["judge"]), "the judge is the reward here"
+    assert len(samples) == 2
+    assert samples[0]["prompt"] == "the film"
+    reference = evaluator.reference()
+    assert reference["optimal"][0]["reward"] > reference["reward"]
+    assert [p["n"] for p in reference["best_of_n"]] == [1, 2, 4, 8, 16, 32]
+    assert reference["best_of_n"][0]["reward"] == pytest.approx(reference["reward"], abs=1e-5)
+
+
+def test_two_evaluations_of_a_policy_are_the_same(settings, make_lm, make_tokenizer):
+    policy = make_lm(vocab_size=len(make_tokenizer(pad_is_eos=False)), seed=1)
+    points = [Evaluator(settings, EVALUATION).point(policy, 1)[0] for _ in range(2)]
+    assert points[0] == points[1]
+    assert points[0]["kl"] > 0
+
+
+def test_a_cell_is_measured_at_its_end_and_its_kept_checkpoints(settings, tmp_path, make_lm):
+    cell = tmp_path / "cell"
+    for name, seed in (("checkpoint-1", 1), ("policy", 2)):
+        make_lm(vocab_size=34, seed=seed).save_pretrained(cell / "run" / name)
+    (cell / "cell.json").write_text(json.dumps({"recipe": "x.py", "evaluation": EVALUATION}))
+    (cell / "settings.yaml").write_text(yaml.safe_dump(settings))
+    done = subprocess.run(
+        [sys.executable, "-m", "rlkl.sweep.evaluator", str(cell)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((cell / "points.json").read_text())
+    assert [point["step"] for point in record["points"]] == [1, 2]
+    assert {"kl", "kl_se", "reward", "reward_se", "judge", "judge_se"} <= record["points"][0].keys()
+    assert record["versions"]["torch"] == torch.__version__
+    assert not (cell / "run" / "checkpoint-1").exists()

@@ -1,0 +1,207 @@
+"""Fronts, volumes, surfaces and intervals against their definitions and closed forms."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy import stats
+
+from rlkl.sweep import hypervolume, pareto_front
+from rlkl.sweep.analysis import efficiencies, frontier, over_optimisation
+from rlkl.sweep.frontier import Replicas, attainment_surface
+
+few_values = st.integers(0, 6).map(float)  # ties in one coordinate and equal points happen often
+point_sets = arrays(float, st.tuples(st.integers(1, 25), st.just(2)), elements=few_values)
+
+
+def dominates(a, b) -> bool:
+    return a[0] <= b[0] and a[1] >= b[1] and (a[0] < b[0] or a[1] > b[1])
+
+
+@given(point_sets)
+@settings(max_examples=200, deadline=None)
+def test_the_front_is_the_points_that_no_other_dominates(points):
+    by_definition = [not any(dominates(b, a) for b in points) for a in points]
+    assert pareto_front(points).tolist() == by_definition
+
+
+@given(point_sets)
+@settings(max_examples=100, deadline=None)
+def test_the_hypervolume_is_the_count_of_unit_squares_below_the_points(points):
+    """On whole numbers: square (i, j) of KL [i, i+1] and reward [j, j+1] is covered if a point has
+    KL ≤ i and reward ≥ j + 1.
+    """
+    squares = sum(
+        bool(((points[:, 0] <= i) & (points[:, 1] >= j + 1)).any())
+        for i in range(7)
+        for j in range(1, 6)
+    )
+    assert hypervolume(points, (7.0, 1.0)) == squares
+
+
+def test_points_beyond_the_reference_point_cover_nothing():
+    assert hypervolume(np.array([[5.0, 1.0], [1.0, -2.0]]), (4.0, 0.0)) == 0
+    assert hypervolume(np.zeros((0, 2)), (4.0, 0.0)) == 0
+    assert pareto_front(np.zeros((0, 2))).tolist() == []
+
+
+@pytest.mark.parametrize("bad", [[[1.0, np.nan]], [[1.0, np.inf]], [[1.0, 2.0, 3.0]], [1.0, 2.0]])
+def test_what_is_no_point_is_refused(bad):
+    with pytest.raises(ValueError, match="point"):
+        pareto_front(np.array(bad))
+
+
+@given(
+    arrays(float, st.tuples(st.integers(3, 15), st.just(2)), elements=few_values),
+    st.integers(2, 3),
+    st.sampled_from([1 / 3, 0.5, 1.0]),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_surface_bounds_what_so_many_of_the_sets_attain(points, count, share):
+    sets = np.arange(len(points)) % count
+    surface = attainment_surface(points, sets, share)
+    needed = int(np.ceil(share * count - 1e-9))
+    for kl in range(7):
+        for reward in range(7):
+            attained = sum(
+                bool(((p[:, 0] <= kl) & (p[:, 1] >= reward)).any())
+                for p in (points[sets == s] for s in range(count))
+            )
+            below = bool(((surface[:, 0] <= kl) & (surface[:, 1] >= reward)).any())
+            assert below == (attained >= needed)
+
+
+def replicas(rewards: np.ndarray, arms: list[str] | None = None) -> Replicas:
+    """Runs of one point each: configuration c, replica s, KL c + 1 and the reward given."""
+    configurations, seeds = rewards.shape
+    kls = np.repeat(np.arange(1.0, configurations + 1), seeds)
+    return Replicas(
+        np.stack([kls, rewards.ravel()], 1),
+        np.arange(rewards.size),
+        np.repeat(np.arange(configurations), seeds),
+        arms or ["rb"] * configurations,
+    )
+
+
+def test_the_interval_of_a_mean_is_students():
+    rewards = np.random.default_rng(0).normal(size=(1, 5))
+    made = replicas(rewards)
+    (estimate,) = made.interval(lambda drawn: made.means(drawn)[:, 1], resamples=20_000)
+    half = stats.t.ppf(0.975, 4) * rewards.std(ddof=1) / np.sqrt(5)
+    assert estimate.value == pytest.approx(rewards.mean())
+    # The bootstrap's own error: the sd of 20,000 draws is known to about 1/√40,000.
+    assert estimate.ci95[1] - estimate.value == pytest.approx(half, rel=0.03)
+
+
+def test_intervals_of_three_seeds_hold_the_truth_as_often_as_they_say():
+    """95% of 200 intervals: 190 ± 3.1; the plain bootstrap of three seeds would hold it in 80%."""
+    generator = np.random.default_rng(1)
+    held = 0
+    for trial in range(200):
+        made = replicas(generator.normal(size=(6, 3)))
+        (estimate,) = made.interval(
+            lambda drawn, made=made: made.means(drawn)[:, 1].mean(keepdims=True),
+            resamples=100,
+            seed=trial,
+        )
+        held += estimate.ci95[0] < 0 < estimate.ci95[1]
+    assert 190 - 4 * 3.1 < held <= 200
+
+
+def test_one_seed_has_no_interval():
+    made = replicas(np.ones((3, 1)))
+    (estimate,) = made.interval(made.share_on_front)
+    assert estimate.ci95 is None
+
+
+def test_shares_of_the_front_count_its_points_and_add_up_to_one():
+    made = replicas(np.array([[1.0, 1.5], [2.0, 0.5], [1.2, 3.0]]), ["k1", "rb", "k1"])
+    # the front: (1, 1.5) of k1, (2, 2.0) of rb, (3, 3.0) of k1
+    share = made.share_on_front(made.original())
+    assert dict(zip(made.names, share, strict=True)) == {"k1": 2 / 3, "rb": 1 / 3}
+
+
+def test_more_seeds_do_not_raise_the_hypervolume():
+    one = replicas(np.array([[1.0], [2.0]]))
+    three = replicas(np.array([[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]]))
+    at = (4.0, 0.0)
+    assert one.hypervolumes(one.original(), at) == three.hypervolumes(three.original(), at)
+
+
+def test_resampling_keeps_every_configuration_and_its_own_runs():
+    made = replicas(np.arange(12.0).reshape(4, 3))
+    drawn = made.resamples(200, seed=0)
+    assert drawn.shape == (200, 4, 3)
+    assert (drawn // 3 == np.arange(4)[:, None]).all(), "runs 3c … 3c + 2 are configuration c's"
+    assert len({tuple(d.ravel()) for d in drawn}) > 190
+
+
+def test_a_configuration_with_a_failed_seed_takes_part_with_the_others(make_result):
+    result = make_result()
+    result.points[:] = [p for p in result.points if p.run_id != "003-seed1"]
+    front = frontier(result, resamples=50)
+    assert sum(e.value for e in front.share_on_front.values()) == pytest.approx(1)
+    assert np.isfinite([e.value for e in front.attained["rb"]]).all()
+
+
+def test_the_median_attainment_band_is_the_surface(make_result):
+    front = frontier(make_result(), resamples=20)
+    for arm, surface in front.surfaces.items():
+        for kl, attained in zip(front.kls, front.attained[arm], strict=True):
+            within = [reward for at, reward in surface if at <= kl]
+            assert attained.value == pytest.approx(max([0.0, *within]))
+
+
+def test_at_equal_kl_the_difference_is_that_of_the_interpolated_curves(make_result):
+    """rb at KL x has 2 log(1 + x), k1 2 log(1 + x/1.3), up to noise of 0.05."""
+    (comparison,) = frontier(make_result(seeds=20), resamples=100).comparisons
+    assert (comparison.first, comparison.second) == ("k1", "rb")
+    x = np.array(comparison.kls)
+    truth = 2 * np.log1p(x / 1.3) - 2 * np.log1p(x)
+    found = np.array([e.value for e in comparison.difference])
+    # a chord lies below the curve by at most h²/8 · max|2/(1 + x)²| = 0.1 for k1's steps of 1.3
+    assert np.abs(found - truth).max() < 0.15
+    assert comparison.mean.ci95[1] < 0
+
+
+def test_equal_arms_differ_by_nothing_and_share_the_front(make_result):
+    result = make_result()
+    twins = [
+        type(p)(**{**vars(p), "arm": arm, "run_id": f"{arm}{p.run_id}", "configuration": c})
+        for p in result.points
+        if p.arm == "rb"
+        for arm, c in (("a", p.configuration), ("b", p.configuration + 100))
+    ]
+    result.points[:] = twins
+    front = frontier(result, resamples=50)
+    assert front.share_on_front["a"].value == front.share_on_front["b"].value == 0.5
+    assert front.comparisons[0].mean.value == 0
+    assert front.hypervolume_difference["a", "b"].value == 0
+    assert front.hypervolume_difference["a", "b"].ci95[0] < 0
+
+
+def test_efficiency_is_the_gain_over_the_optimums_at_the_same_kl(make_result):
+    result = make_result()
+    point = result.points[1]
+    optimum = 3 * np.log1p(point.kl)
+    share = efficiencies(result)[1]
+    assert share.share == pytest.approx(point.reward / optimum, rel=0.01)
+    assert not share.upper_bound
+    far = type(point)(**{**vars(point), "kl": 10.0})
+    result.points[1] = far
+    beyond = efficiencies(result)[1]
+    assert beyond.upper_bound
+    assert beyond.share == pytest.approx(far.reward / (3 * np.log1p(3.4)), rel=0.02)
+
+
+def test_over_optimisation_is_found_where_the_judge_turns_and_not_before(make_result):
+    """In the made sweep the judge turns down after 2 nats, the reward never does."""
+    found = over_optimisation(make_result())
+    assert found["rb"] is not None
+    assert found["rb"].judge_falls
+    assert 1.0 < found["rb"].from_kl < 2.5
+    result = make_result()
+    agreeing = [type(p)(**{**vars(p), "judge": p.reward}) for p in result.points]
+    result.points[:] = agreeing
+    assert over_optimisation(result) == {"k1": None, "rb": None}

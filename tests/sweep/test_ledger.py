@@ -1,0 +1,163 @@
+"""The ledger: of many workers one gets a cell, and a cell ends once; on SQLite and PostgreSQL."""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rlkl.sweep.ledger import Ledger, open_ledger
+from rlkl.sweep.spec import SweepSpec
+from rlkl.sweep.study import ConfigurationStudy
+
+RECORD = {"points": [{"kl": 1.0, "reward": 2.0}], "samples": []}
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/sweep.db"
+    return request.getfixturevalue("postgres_url")
+
+
+@pytest.fixture
+def begin(url: str, make_spec: Callable[..., SweepSpec], request: pytest.FixtureRequest):
+    def begin(**changes) -> Ledger:
+        spec = make_spec(name=request.node.name, **changes)
+        ledger = open_ledger(url, spec, "identity")
+        for number in range(spec.num_configurations):
+            ledger.add_configuration(spec.configuration(number), number)
+        return ledger
+
+    return begin
+
+
+def test_every_cell_is_claimed_by_exactly_one_of_many_workers_at_once(begin):
+    ledger = begin(seeds=[0, 1, 2, 3, 4], grace=60.0)
+    taken: list[str] = []
+
+    def take(name: str) -> None:
+        own = Ledger(ledger.url, ledger.name)
+        while (cell := own.claim(name)) is not None:
+            taken.append(cell.key)
+
+    threads = [threading.Thread(target=take, args=(f"worker {i}",)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(taken) == 20
+    assert len(set(taken)) == 20
+
+
+def test_a_silent_workers_cell_is_taken_over_and_its_late_result_is_refused(begin):
+    ledger = begin(grid={"kl_coef": [0.1]}, seeds=[0], grace=0.3, heartbeat=0.1)
+    first = ledger.claim("first")
+    assert ledger.claim("second") is None
+    time.sleep(0.4)
+    second = ledger.claim("second")
+    assert second.key == first.key
+    assert not ledger.heartbeat(first, 0.5)
+    assert not ledger.finish(first, RECORD)
+    assert not ledger.fail(first, "late")
+    assert ledger.finish(second, RECORD)
+    assert not ledger.finish(second, RECORD), "a cell ends once"
+    assert ledger.cell(first.key).record == RECORD
+    assert [a["outcome"] for a in ledger.attempts()] == ["lost", "done"]
+
+
+def test_signs_of_life_keep_a_cell(begin):
+    ledger = begin(grid={"kl_coef": [0.1]}, seeds=[0], grace=0.4, heartbeat=0.1)
+    cell = ledger.claim("first")
+    for _ in range(4):
+        time.sleep(0.15)
+        assert ledger.heartbeat(cell, 0.5)
+    assert ledger.claim("second") is None
+    assert ledger.cell(cell.key).progress == 0.5
+
+
+def test_a_failing_cell_is_retried_so_often_and_then_failed_with_its_note(begin):
+    ledger = begin(grid={"kl_coef": [0.1]}, seeds=[0], retries=2)
+    for attempt in range(3):
+        cell = ledger.claim("worker")
+        assert cell.attempt == attempt + 1
+        ledger.fail(cell, f"attempt {cell.attempt}: no memory")
+    assert ledger.claim("worker") is None
+    assert ledger.cells()[0].state == "failed"
+    assert ledger.cells()[0].error == "attempt 3: no memory"
+    assert [a["outcome"] for a in ledger.attempts()] == ["failed"] * 3
+    assert ledger.retry() == 1
+    again = ledger.claim("worker")
+    assert again.attempt == 4
+    assert again.failures == 0
+
+
+def test_a_cell_whose_workers_always_vanish_is_given_up(begin):
+    ledger = begin(grid={"kl_coef": [0.1]}, seeds=[0], grace=0.03, heartbeat=0.01, lost_retries=2)
+    for _ in range(3):
+        assert ledger.claim("worker") is not None
+        time.sleep(0.05)
+    assert ledger.claim("worker") is None
+    assert ledger.cells()[0].state == "failed"
+    assert "vanished 3 times" in str(ledger.cells()[0].error)
+
+
+def test_a_stopped_cell_waits_again_without_counting_as_failed(begin):
+    ledger = begin(grid={"kl_coef": [0.1]}, seeds=[0], retries=0)
+    for _ in range(3):
+        ledger.release(ledger.claim("worker"))
+    assert ledger.cells()[0].state == "waiting"
+    assert ledger.cells()[0].failures == 0
+
+
+def test_adding_a_configuration_twice_adds_it_once(begin):
+    ledger = begin()
+    assert not ledger.add_configuration(ledger.spec.configuration(0), 99)
+    assert len(ledger.cells()) == 8
+
+
+def test_another_sweep_under_the_same_name_is_refused(begin, make_spec):
+    ledger = begin()
+    other = make_spec(name=ledger.name, grid={"kl_coef": [0.5]})
+    with pytest.raises(ValueError, match="other grid"):
+        open_ledger(ledger.url, other, "identity")
+
+
+def test_a_grids_configurations_are_trials_with_the_means_of_their_seeds(url, make_spec, request):
+    ledger = open_ledger(url, make_spec(name=request.node.name), "identity")
+    study = ConfigurationStudy(ledger)
+    study.settle()
+    study.settle()
+    assert len(ledger.cells()) == 8
+    while (cell := ledger.claim("worker")) is not None:
+        point = {"kl": 2.0 + cell.seed, "reward": 4.0 + cell.seed}
+        ledger.finish(cell, {"points": [point], "samples": []})
+    ConfigurationStudy(ledger).settle()
+    trials = study.study.get_trials()
+    assert [trial.values for trial in trials] == [[2.5, 4.5]] * 4
+    assert [t.params["kl_coef"] for t in trials] == [0.1, 1.0, 0.1, 1.0]
+    assert study.study.best_trials
+
+
+def test_a_search_asks_in_turns_for_each_arm_and_learns_from_what_it_is_told(
+    url, make_spec, request
+):
+    from rlkl.sweep.spec import SearchSpec
+
+    search = SearchSpec({"kl_coef": {"low": 0.01, "high": 10.0, "log": True}}, configurations=6)
+    grid = {"kl_estimator": ["k1", "rb"]}
+    spec = make_spec(name=request.node.name, grid=grid, search=search, seeds=[0])
+    ledger = open_ledger(url, spec, "identity")
+    study = ConfigurationStudy(ledger)
+    study.settle()
+    while (cell := ledger.claim("worker")) is not None:
+        point = {"kl": 1 / cell.settings["kl_coef"], "reward": 1 - cell.settings["kl_coef"]}
+        ledger.finish(cell, {"points": [point], "samples": []})
+        study.settle()
+    cells = ledger.cells()
+    assert len(cells) == 6
+    assert [c.arm for c in cells] == ["k1", "rb"] * 3
+    assert len({c.settings["kl_coef"] for c in cells}) == 6
+    assert all(0.01 <= c.settings["kl_coef"] <= 10 for c in cells)
+    assert all(trial.state.is_finished() for trial in study.study.get_trials())

@@ -1,0 +1,134 @@
+"""The report: its files, what stands on the page, and the page in a browser at two widths."""
+
+import csv
+import json
+import struct
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from plotly.offline import get_plotlyjs
+
+from rlkl.sweep.export import analyse, frontier_json
+from rlkl.sweep.findings import findings
+from rlkl.sweep.records import SweepResult
+from rlkl.sweep.report import FILES, write_report
+
+
+def test_a_report_has_all_its_files_and_its_records_make_the_same_report(make_result, tmp_path):
+    result = make_result()
+    write_report(result, tmp_path / "one")
+    assert {file.name for file in (tmp_path / "one").iterdir()} == set(FILES)
+    again = SweepResult.load(tmp_path / "one" / "records.jsonl")
+    assert again == result
+    write_report(again, tmp_path / "two")
+    frontiers = [json.loads((tmp_path / n / "frontier.json").read_text()) for n in ("one", "two")]
+    assert frontiers[0] == frontiers[1]
+    with (tmp_path / "one" / "points.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(result.points)
+    assert float(rows[3]["kl"]) == result.points[3].kl
+    assert (tmp_path / "one" / "frontier.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_escapes_the_texts(make_result, tmp_path):
+    write_report(make_result(), tmp_path)
+    whole, bundle = (tmp_path / "index.html").read_text(), get_plotlyjs()
+    assert whole.count(bundle) == 1, "plotly's code stands there once"
+    page = whole.replace(bundle, "")
+    for outside in ('src="http', "src='http", 'href="http', "@import"):
+        assert outside not in page
+    assert "This &lt;b&gt;film" in page
+    assert "This <b>film" not in page
+
+
+def test_the_page_says_what_the_sweep_found(make_result):
+    said = " ".join(line["text"] for line in findings(analyse(make_result(), resamples=50)))
+    assert "rb has +" in said
+    assert "reward over k1" in said
+    assert "Share of the reward-vs-KL front" in said
+    assert "Over-optimisation: with rb" in said
+
+
+def test_it_says_when_seeds_are_too_few_and_cells_failed(make_result):
+    result = make_result(seeds=1)
+    result.failed["004-seed0"] = "exit code 1"
+    said = " ".join(line["text"] for line in findings(analyse(result)))
+    assert "no interval over seeds" in said
+    assert "1 cells failed" in said
+
+
+def test_the_json_has_the_documented_keys(make_result):
+    record = frontier_json(analyse(make_result(), resamples=20))
+    point = {"run_id", "estimator", "kl_coef", "seed", "kl", "kl_se", "reward", "reward_se"}
+    assert point | {"on_front", "efficiency"} <= record["points"][0].keys()
+    assert set(record["share_on_front"]) == {"k1", "rb"}
+    assert set(record["hypervolume"]["rb"]) == {"value", "ci95"}
+    assert len(record["reference_point"]) == 2
+    assert record["optimal"][0][0] > 0
+    assert record["best_of_n"][0][0] == 1
+    json.dumps(record, allow_nan=False)
+
+
+def test_a_sweep_without_reference_and_judge_is_reported_too(make_result, tmp_path):
+    result = make_result(configurations=2)
+    points = [type(p)(**{**vars(p), "judge": None, "judge_se": None}) for p in result.points]
+    bare = SweepResult(**{**vars(result), "points": points, "reference": None})
+    write_report(bare, tmp_path)
+    assert "held-out judge" not in (tmp_path / "index.html").read_text()
+
+
+def test_two_thousand_records_are_reported_in_ten_seconds_of_this_thread(make_result, tmp_path):
+    result = make_result(configurations=100, seeds=4, checkpoints=5)
+    assert len(result.points) == 2000
+    begin = time.process_time()
+    write_report(result, tmp_path)
+    assert time.process_time() - begin < 10
+
+
+@pytest.mark.parametrize("width", [1280, 600])
+def test_the_page_in_a_browser(make_result, tmp_path, browser, width):
+    """What is drawn is read off the page after its scripts ran, and off a screenshot."""
+    write_report(make_result(), tmp_path)
+    probe = """<script>setTimeout(() => { const w = document.documentElement;
+    document.title = JSON.stringify({plots: document.querySelectorAll(".main-svg").length > 0,
+    points: document.querySelectorAll("#frontier .scatterlayer .point").length,
+    overflow: w.scrollWidth - w.clientWidth}); }, 1500)</script></body>"""
+    page = tmp_path / "probe.html"
+    page.write_text((tmp_path / "index.html").read_text().replace("</body>", probe))
+    options = (
+        "--headless --no-sandbox --disable-gpu --no-first-run --disable-sync --hide-scrollbars"
+    )
+    options += " --disable-quic --disable-background-networking --disable-component-update"
+    shot = tmp_path / "page.png"
+    done = subprocess.run(
+        [
+            browser,
+            *options.split(),
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--window-size={width},3000",
+            "--virtual-time-budget=5000",
+            f"--screenshot={shot}",
+            "--dump-dom",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    title = done.stdout.split("<title>")[1].split("</title>")[0]
+    seen = json.loads(title.replace("&quot;", '"'))
+    assert seen["plots"]
+    assert seen["points"] >= 24
+    assert seen["overflow"] <= 0, "nothing sticks out to the right"
+    assert _is_not_blank(shot, width)
+
+
+def _is_not_blank(png: Path, width: int) -> bool:
+    from PIL import Image
+
+    assert struct.unpack(">I", png.read_bytes()[16:20])[0] == width
+    colours = Image.open(png).convert("RGB").getcolors(maxcolors=1 << 24)
+    return colours is not None and len(colours) > 50

@@ -1,0 +1,102 @@
+"""A sweep's YAML: what it means, and that nonsense is refused before anything starts."""
+
+import pytest
+
+from rlkl.sweep.spec import SearchSpec, SweepSpec, iterate_cells, load_spec
+
+
+def test_cells_are_the_product_of_the_axes_and_the_seeds(write_spec):
+    spec = load_spec(write_spec())
+    cells = list(iterate_cells(spec))
+    assert spec.num_cells == len(cells) == 8
+    assert [seed for _, seed in cells] == [0] * 4 + [1] * 4, "whole curves first"
+    first = cells[0][0]
+    assert first.label == "k1 kl_coef=0.1"
+    assert first.settings["kl_placement"] == "reward"
+    assert first.settings["max_steps"] == 4
+    assert first.settings["response_length"] == 24, "what is measured is written out"
+
+
+def test_settings_stand_over_those_of_the_base_config(write_spec, tmp_path):
+    (tmp_path / "base.yaml").write_text("max_steps: 50\nkl_coef: 9.0\noutput_dir: elsewhere\n")
+    spec = load_spec(write_spec(config="base.yaml", settings={"max_steps": 3}))
+    assert spec.configuration(0).settings["max_steps"] == 3
+    assert spec.configuration(0).settings["kl_coef"] == 0.1
+    assert "output_dir" not in spec.configuration(0).settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"colour": "red"}, "unknown field 'colour'"),
+        ({"grid": {"kl_coeff": [0.1]}}, "did you mean kl_coef?"),
+        ({"settings": {"max_step": 3}}, "did you mean max_steps?"),
+        ({"grid": {"kl_coef": [0.1, "much"]}}, "much"),
+        ({"grid": {"kl_coef": []}}, "grid.kl_coef"),
+        ({"grid": {"kl_coef": 0.1}}, "give a list"),
+        ({"grid": {"kl_coef": [0.1, 0.1]}}, "the same"),
+        ({"grid": {"seed": [0, 1]}}, "seeds: for seeds"),
+        ({"grid": {"response_length": [8, 16]}}, "cannot be varied"),
+        ({"grid": {"kl_estimator": ["k9"]}}, "k9"),
+        ({"grid": {"kl": [{"kl_estimator": "rb", "kl_placement": "reward"}]}}, "own-token"),
+        ({"seeds": [0, 0]}, "stands twice"),
+        ({"seeds": []}, "seeds"),
+        ({"seeds": ["one"]}, "whole numbers"),
+        ({"recipe": "nowhere.py"}, "no such file"),
+        ({"recipe": None}, "names no recipe"),
+        ({"config": "nowhere.yaml"}, "no such file"),
+        ({"evaluation": {"promts": 3}}, "unknown field 'promts'"),
+        ({"evaluation": {"checkpoints": True}}, "keep them"),
+        ({"grace": 0.1}, "miss a beat"),
+        ({"search": {"kl_coef": {"low": 1, "high": 2}}}, "configurations"),
+        ({"search": {"configurations": 4}}, "range"),
+        ({"search": {"configurations": 4, "kl_coef": {"low": 2, "high": 1}}}, "low < high"),
+        ({"search": {"configurations": 4, "sampler": "guess", "kl_coef": {}}}, "guess"),
+        ({"search": {"configurations": 4, "kl_coff": {"low": 1, "high": 2}}}, "mean kl_coef?"),
+    ],
+)
+def test_nonsense_is_refused_and_named(write_spec, changes, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message.replace("?", r"\?")):
+        load_spec(write_spec(**changes))
+
+
+def test_a_recipe_without_settings_is_refused(write_spec, tmp_path):
+    (tmp_path / "bare.py").write_text("print('hello')\n")
+    with pytest.raises(ValueError, match="declares no SETTINGS"):
+        load_spec(write_spec(recipe="bare.py"))
+
+
+def test_a_spec_survives_the_storage(write_spec):
+    spec = load_spec(
+        write_spec(search={"configurations": 4, "kl_coef": {"low": 0.1, "high": 1.0, "log": True}})
+    )
+    assert SweepSpec.from_json(spec.to_json()) == spec
+    assert isinstance(spec.search, SearchSpec)
+
+
+@pytest.mark.parametrize(
+    ("grid", "arms"),
+    [
+        ({"kl_estimator": ["k1", "rb"], "kl_coef": [1.0, 2.0]}, ["k1", "rb"]),
+        (
+            {"e": [{"kl_estimator": "rb", "kl_placement": p} for p in ("loss", "both")]},
+            ["loss", "both"],
+        ),
+        (
+            {"kl_estimator": ["k1", "rb"], "lr": [{"learning_rate": x} for x in (1e-3, 1e-4)]},
+            [f"{e} learning_rate={x}" for e in ("k1", "rb") for x in ("0.001", "0.0001")],
+        ),
+        ({"kl_coef": [1.0, 2.0]}, ["fake"]),
+    ],
+)
+def test_arms_are_named_by_what_tells_them_apart(make_spec, grid, arms):
+    spec = make_spec(grid=grid)
+    assert list(dict.fromkeys(spec.arm_name(arm) for arm in spec.arms)) == arms
+
+
+@pytest.mark.parametrize("name", ["sweep_kl", "sweep_kl_mini", "compare_estimators"])
+def test_the_shipped_sweeps_are_valid(name):
+    from pathlib import Path
+
+    spec = load_spec(Path(__file__).parents[2] / "recipes" / f"{name}.yaml")
+    assert spec.num_cells == {"sweep_kl": 36, "sweep_kl_mini": 8, "compare_estimators": 72}[name]

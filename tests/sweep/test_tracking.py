@@ -1,0 +1,128 @@
+"""W&B offline: the summary run of a sweep and the settings that the runs of its cells get."""
+
+import json
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import wandb
+from wandb.proto import wandb_internal_pb2
+
+from rlkl.sweep.ledger import open_ledger
+from rlkl.sweep.records import SweepResult
+from rlkl.sweep.report import write_report
+from rlkl.sweep.tracking import log_summary
+from rlkl.sweep.worker import Worker, wandb_id
+from rlkl.trainers.tracking import wandb_mode
+
+# wandb's own code under Python 3.11 and pydantic 2
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_DIR", "WANDB_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "wandb-home"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("WANDB_X_DISABLE_STATS", "true")
+
+
+def records(folder: Path) -> list[wandb_internal_pb2.Record]:
+    """All records of the one offline run below a folder: a LevelDB log of protocol buffers."""
+    (path,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    parsed = []
+    for data in log_records(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        parsed.append(record)
+    return parsed
+
+
+def log_records(data: bytes, block: int = 32768) -> Iterator[bytes]:
+    """A chunk is a record (place 1), or its first (2), middle (3) or last part (4)."""
+    position, record = 7, b""
+    while position + 7 <= len(data):
+        if block - position % block < 7:
+            position += block - position % block
+            continue
+        _, length, place = struct.unpack("<IHB", data[position : position + 7])
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if place in (1, 4):
+            yield record
+            record = b""
+
+
+def test_the_summary_run_has_table_charts_numbers_and_the_page(
+    make_result: Callable[..., SweepResult], tmp_path: Path
+) -> None:
+    result = make_result()
+    analysis = write_report(result, tmp_path)
+    log_summary(analysis, tmp_path, "identity")
+    assert wandb.run is None
+
+    found = records(tmp_path)
+    run = next(r.run for r in found if r.HasField("run"))
+    assert (run.run_group, run.job_type, run.project) == ("made", "summary", "rlkl")
+    assert run.run_id == wandb_id("identity", "summary")
+    assert set(run.tags) == {"summary", "k1", "rb"}
+
+    history = [item for r in found if r.HasField("history") for item in r.history.item]
+    keys = {i.key or "/".join(i.nested_key) for i in history}
+    charts = ("frontier", "reward_vs_kl", "attainment", "share_on_front")
+    assert all(any(chart in key for key in keys) for chart in charts), keys
+    summary = {}
+    for record in found:
+        if record.HasField("summary"):
+            for item in record.summary.update:
+                summary[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+    share = analysis.reward.share_on_front["rb"].value
+    assert summary["reward/share_on_front/rb"] == pytest.approx(share)
+    assert "At equal KL" in summary["findings"]
+    tables = [json.loads(p.read_text()) for p in (tmp_path / "wandb").rglob("*.table.json")]
+    frontier = next(t for t in tables if "on_front" in t["columns"])
+    assert len(frontier["data"]) == len(result.points)
+    artifacts = [r.request.log_artifact.artifact for r in found if r.HasField("request")]
+    artifacts += [r.artifact for r in found if r.HasField("artifact")]
+    files = {e.path for a in artifacts if a.type == "report" for e in a.manifest.contents}
+    assert "index.html" in files
+
+
+def test_the_runs_of_the_cells_are_one_group_with_ids_that_outlast_attempts(make_spec, tmp_path):
+    spec = make_spec(settings={"report_to": "wandb", "max_steps": 4})
+    ledger = open_ledger(f"sqlite:///{tmp_path}/sweep.db", spec, "identity")
+    ledger.add_configuration(spec.configuration(0), 0)
+    worker = Worker(ledger, tmp_path, threads=1)
+    settings = [worker.settings(cell, tmp_path / cell.key) for cell in ledger.cells()]
+    assert {s["wandb_group"] for s in settings} == {"fake"}
+    assert settings[0]["wandb_tags"] == ["k1", "kl_coef=0.1", "seed=0"]
+    assert settings[0]["run_name"] == "k1 kl_coef=0.1 seed=0"
+    ids = [s["wandb_run_id"] for s in settings]
+    assert len(set(ids)) == len(ids)
+    ledger.release(ledger.claim("first"))
+    again = ledger.claim("second")
+    assert worker.settings(again, tmp_path)["wandb_run_id"] == ids[0]
+
+
+def test_online_without_a_key_says_what_to_do_and_goes_on_offline(monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setattr(wandb, "login", lambda *, prompt, verify: False)
+    assert wandb_mode() == "offline"
+    assert "wandb login" in capsys.readouterr().err
+    monkeypatch.setattr(wandb, "login", lambda *, prompt, verify: True)
+    assert wandb_mode() == "online"
+
+
+def test_the_dashboard_has_the_panels_that_compare_estimators():
+    import runpy
+
+    recipe = Path(__file__).parents[2] / "recipes" / "wandb_dashboard.py"
+    workspace = runpy.run_path(str(recipe))["build_workspace"]("me", "rlkl", "sweep_kl")
+    titles = " ".join(p.title for section in workspace.sections for p in section.panels)
+    for panel in ("reward vs KL", "KL by k1", "standard error of rb", "gradient norm"):
+        assert panel in titles
