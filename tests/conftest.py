@@ -1,6 +1,5 @@
 """Settings and models that several test packages share."""
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
-os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is first imported
 
 MATHEMATICS = {Path(__file__).parent / "kl", Path(__file__).parent / "rl"}
 
