@@ -4,6 +4,7 @@ from rlkl.models.critic import Critic
 from rlkl.models.language_model import (
     EMBEDDED_LM,
     LinearHead,
+    hidden_size,
     linear_head,
     load_causal_lm,
     position_ids,
@@ -19,6 +20,7 @@ __all__ = [
     "LinearHead",
     "check_same_tokenizer",
     "frozen_copy",
+    "hidden_size",
     "linear_head",
     "load_causal_lm",
     "load_tokenizer",

@@ -119,6 +119,11 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def hidden_size(model: nn.Module) -> int:
+    """Width of the hidden states that the head reads."""
+    return causal_lm(model).config.get_text_config().hidden_size
+
+
 def trunk_of(model: nn.Module) -> PreTrainedModel:
     """The module below the head: token ids to hidden states."""
     return cast(PreTrainedModel, causal_lm(model).base_model)

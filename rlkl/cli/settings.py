@@ -1,13 +1,11 @@
-"""What every command shares: settings from YAML and the command line, and errors in one line."""
+"""Settings from YAML and the command line, as the training commands and recipes take them."""
 
-import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NoReturn
 
-import yaml
 from trl import TrlParser
+
+from rlkl.cli.errors import fail
 
 
 class SettingsParser(TrlParser):
@@ -37,22 +35,3 @@ class SettingsParser(TrlParser):
 def _split_option(word: str) -> list[str]:
     """``--config=FILE`` as two words, which is how TrlParser looks for it."""
     return word.split("=", 1) if word.startswith("--config=") else [word]
-
-
-@contextmanager
-def refusing_bad_input() -> Iterator[None]:
-    """Ends the program with one line and exit code 2 where the set-up in the block raises.
-
-    To be put around the reading and checking of a user's input, not around the work itself, whose
-    errors deserve their traceback.
-    """
-    try:
-        yield
-    except (ValueError, OSError, yaml.YAMLError, argparse.ArgumentError) as error:
-        fail(str(error))
-
-
-def fail(message: str) -> NoReturn:
-    """Prints ``error: message`` on one line of standard error and exits with code 2."""
-    print("error:", " ".join(message.split()), file=sys.stderr)
-    raise SystemExit(2)

@@ -1,0 +1,28 @@
+"""Bad input is one line on standard error and exit code 2."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import yaml
+
+
+@contextmanager
+def refusing_bad_input() -> Iterator[None]:
+    """Ends the program with one line and exit code 2 where the set-up in the block raises.
+
+    To be put around the reading and checking of a user's input, not around the work itself, whose
+    errors deserve their traceback.
+    """
+    try:
+        yield
+    except (ValueError, OSError, yaml.YAMLError, argparse.ArgumentError) as error:
+        fail(str(error))
+
+
+def fail(message: str) -> NoReturn:
+    """Prints ``error: message`` on one line of standard error and exits with code 2."""
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    raise SystemExit(2)
