@@ -3,9 +3,7 @@
 from rlkl.models.critic import Critic
 from rlkl.models.language_model import (
     EMBEDDED_LM,
-    LinearHead,
     hidden_size,
-    linear_head,
     load_causal_lm,
     position_ids,
     response_hidden,
@@ -17,11 +15,9 @@ from rlkl.models.tokenizers import check_same_tokenizer, load_tokenizer
 __all__ = [
     "EMBEDDED_LM",
     "Critic",
-    "LinearHead",
     "check_same_tokenizer",
     "frozen_copy",
     "hidden_size",
-    "linear_head",
     "load_causal_lm",
     "load_tokenizer",
     "output_head",
