@@ -28,7 +28,7 @@ from rlkl.kl.fused.workers import Workers
 # A chunk holds about this many logits of each model (33 MB in float32), within these rows. Fewer
 # rows make the products slower: each chunk reads the whole head and adds to its whole gradient.
 _CHUNK_ELEMENTS = 8_200_000
-_CHUNK_ROWS = (64, 512)
+_CHUNK_ROWS = (96, 512)
 # Element-wise passes run on blocks of this many logits: four float32 blocks fit a 2 MB cache.
 _BLOCK_ELEMENTS = 98_304
 # Above this t, p may have underflowed where the reference still has mass.
