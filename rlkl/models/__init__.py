@@ -3,9 +3,7 @@
 from rlkl.models.critic import Critic
 from rlkl.models.language_model import (
     EMBEDDED_LM,
-    LinearHead,
     hidden_size,
-    linear_head,
     load_causal_lm,
     position_ids,
     response_hidden,
@@ -18,14 +16,12 @@ from rlkl.models.tokenizers import check_same_tokenizer, load_tokenizer
 __all__ = [
     "EMBEDDED_LM",
     "Critic",
-    "LinearHead",
     "ModelPair",
     "Side",
     "at_least_float32",
     "check_same_tokenizer",
     "frozen_copy",
     "hidden_size",
-    "linear_head",
     "load_causal_lm",
     "load_pair",
     "load_tokenizer",
