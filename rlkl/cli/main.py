@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 import rlkl
+from rlkl.cli.audit import audit
 from rlkl.cli.errors import fail
 from rlkl.cli.sweep import sweep_app
 
@@ -14,8 +15,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
+app.command("audit")(audit)
 app.add_typer(sweep_app, name="sweep")
 
 

@@ -4,11 +4,13 @@ from rlkl.models.critic import Critic
 from rlkl.models.language_model import (
     EMBEDDED_LM,
     LinearHead,
+    hidden_size,
     linear_head,
     load_causal_lm,
     position_ids,
     response_hidden,
 )
+from rlkl.models.output_head import output_head
 from rlkl.models.reference import frozen_copy, reference_model
 from rlkl.models.tokenizers import check_same_tokenizer, load_tokenizer
 
@@ -18,9 +20,11 @@ __all__ = [
     "LinearHead",
     "check_same_tokenizer",
     "frozen_copy",
+    "hidden_size",
     "linear_head",
     "load_causal_lm",
     "load_tokenizer",
+    "output_head",
     "position_ids",
     "reference_model",
     "response_hidden",

@@ -78,7 +78,12 @@ def load_causal_lm(
     return model.to(device)  # pyright: ignore[reportArgumentType] (decorated)
 
 
-def _causal_lm(model: nn.Module) -> PreTrainedModel:
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, without a PEFT wrapper.
+
+    Raises:
+        ValueError: it is no transformers model.
+    """
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(inner, PreTrainedModel):
         raise ValueError(f"a transformers causal LM is needed, not {type(inner).__name__}")
@@ -86,13 +91,13 @@ def _causal_lm(model: nn.Module) -> PreTrainedModel:
 
 
 def linear_head(model: nn.Module) -> LinearHead:
-    """Weight and bias of the language-model head.
+    """Weight and bias of a plain language-model head; `output_head` takes any.
 
     Raises:
         ValueError: the head is not one plain linear layer (LoRA on the head, soft-capped or scaled
             logits), so that logits cannot be formed outside the model.
     """
-    lm = _causal_lm(model)
+    lm = causal_lm(model)
     head = lm.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise ValueError(
@@ -114,9 +119,14 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def hidden_size(model: nn.Module) -> int:
+    """Width of the hidden states that the head reads."""
+    return causal_lm(model).config.get_text_config().hidden_size
+
+
 def trunk_of(model: nn.Module) -> PreTrainedModel:
     """The module below the head: token ids to hidden states."""
-    return cast(PreTrainedModel, _causal_lm(model).base_model)
+    return cast(PreTrainedModel, causal_lm(model).base_model)
 
 
 def response_hidden(

@@ -1,16 +1,24 @@
 """From prompts to a measured rollout: sampling, scoring, exact token statistics, summary."""
 
-from rlkl.rollout.collect import collect_rollout, score_responses, token_statistics
+from rlkl.rollout.collect import (
+    PolicyPass,
+    collect_rollout,
+    policy_pass,
+    score_responses,
+    token_statistics,
+)
 from rlkl.rollout.records import Responses, Rollout, TokenRecord, scatter_tokens
 from rlkl.rollout.sampling import encode_prompts, sample_responses
 from rlkl.rollout.summary import summarise
 
 __all__ = [
+    "PolicyPass",
     "Responses",
     "Rollout",
     "TokenRecord",
     "collect_rollout",
     "encode_prompts",
+    "policy_pass",
     "sample_responses",
     "scatter_tokens",
     "score_responses",

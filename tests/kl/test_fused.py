@@ -18,7 +18,7 @@ from rlkl.kl import (
     fused_token_loss,
     fused_token_stats,
 )
-from rlkl.kl.fused import engine
+from rlkl.kl.fused import engine, heads
 
 STATISTICS = ("policy_logp", "kl", "entropy")
 
@@ -109,7 +109,7 @@ def assert_close(got, expected, rtol: float, atol: float) -> None:
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks and slices that do not divide the sizes used here."""
     monkeypatch.setattr(engine, "_BLOCK_ELEMENTS", 300)
-    monkeypatch.setattr(engine, "_VOCAB_SLICE", 32)
+    monkeypatch.setattr(heads, "_VOCAB_SLICE", 32)
 
 
 @pytest.fixture(params=[1, 2], ids="threads{}".format)

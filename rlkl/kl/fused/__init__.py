@@ -16,22 +16,32 @@ The first line is Σ p·d + Σ p·expm1(−d), with d = log p − log q = D_KL �
 the reference's normaliser is never formed, and an error δ of the mean E_p[b − a] enters the KL only
 as δ·D_KL + δ²/2. Identical models give t = 0, hence exactly 0 in value and gradient.
 
-`functions` is the public part, `engine` the sweep over chunks, `workers` its threads.
+`functions` is the public part, `heads` multiplies, `engine` sweeps over chunks, `generators` has
+the other divergences, `workers` the threads.
 """
 
 from rlkl.kl.fused.functions import (
+    fused_divergence,
     fused_logp_loss,
     fused_token_logp,
     fused_token_loss,
     fused_token_stats,
 )
+from rlkl.kl.fused.generators import TopK
+from rlkl.kl.fused.heads import LowRank, ModuleHead, OutputHead, head_logits
 from rlkl.kl.fused.records import TokenLogp, TokenStats
 
 __all__ = [
+    "LowRank",
+    "ModuleHead",
+    "OutputHead",
     "TokenLogp",
     "TokenStats",
+    "TopK",
+    "fused_divergence",
     "fused_logp_loss",
     "fused_token_logp",
     "fused_token_loss",
     "fused_token_stats",
+    "head_logits",
 ]

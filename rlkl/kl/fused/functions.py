@@ -7,17 +7,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlkl.kl.fused.engine import Gradients, Problem
+from rlkl.kl.distillation import Divergence
+from rlkl.kl.fused.engine import Problem
+from rlkl.kl.fused.generators import TopK, row_divergence
+from rlkl.kl.fused.heads import ModuleHead, OutputHead, as_head, inputs_of
 from rlkl.kl.fused.records import TokenLogp, TokenStats
 
 
 def fused_token_stats(
     policy_hidden: Float[Tensor, "N H"],
-    policy_head: Float[Tensor, "V H"],
+    policy_head: Float[Tensor, "V H"] | OutputHead | ModuleHead,
     ref_hidden: Float[Tensor, "N G"],
-    ref_head: Float[Tensor, "W G"],
+    ref_head: Float[Tensor, "W G"] | OutputHead | ModuleHead,
     tokens: Int[Tensor, " N"],
     *,
+    divergence: str | Divergence | TopK = "rkl",
     policy_bias: Float[Tensor, " V"] | None = None,
     ref_bias: Float[Tensor, " W"] | None = None,
     temperature: float = 1.0,
@@ -27,7 +31,7 @@ def fused_token_stats(
 ) -> TokenStats:
     """Log-probabilities, exact D_KL(policy ‖ ref) and entropy per token, for any later use.
 
-    Differentiable in policy_hidden, policy_head and policy_bias through policy_logp, kl and
+    Differentiable in policy_hidden and in all parts of policy_head through policy_logp, kl and
     entropy; the reference is treated as constant. The backward pass multiplies the logits again;
     where the loss is known, `fused_token_loss` saves that.
 
@@ -36,10 +40,12 @@ def fused_token_stats(
 
     Args:
         policy_hidden: last hidden states of the policy, at the positions that predict `tokens`.
-        policy_head: rows of the policy's output embedding.
+        policy_head: rows of the policy's output embedding, or a head with more parts.
         ref_hidden: last hidden states of the reference; its width may differ.
-        ref_head: rows of the reference's output embedding.
+        ref_head: rows of the reference's output embedding, or a head with more parts.
         tokens: the sampled tokens.
+        divergence: what `kl` is: a name or member of `rlkl.kl.DIVERGENCES` (the policy is the
+            student), or `TopK(k)`; default: D_KL(policy ‖ ref).
         policy_bias: added to the policy's logits; −inf forbids a token.
         ref_bias: added to the reference's logits; −inf forbids a token.
         temperature: sampling temperature; all logits are divided by it.
@@ -53,7 +59,7 @@ def fused_token_stats(
         TokenStats of `[N]` tensors, nats per token.
 
     Raises:
-        ValueError: shapes, vocabularies, tokens, temperature or gemm_dtype do not fit.
+        ValueError: shapes, vocabularies, tokens, temperature, divergence or gemm_dtype do not fit.
 
     Example:
         >>> import torch
@@ -61,24 +67,69 @@ def fused_token_stats(
         >>> tokens = torch.tensor([0, 1])
         >>> fused_token_stats(hidden, head, hidden, 2 * head, tokens).kl
         tensor([0.1120, 0.1120])
+        >>> fused_token_stats(hidden, head, hidden, 2 * head, tokens, divergence="fkl").kl
+        tensor([0.0989, 0.0989])
         >>> fused_token_stats(hidden, head, hidden, head, tokens).kl
         tensor([0., 0.])
     """
+    policy = policy_hidden, as_head("policy", policy_head, policy_bias)
     problem = Problem.of(
-        (policy_hidden, policy_head, policy_bias),
-        (ref_hidden, ref_head, ref_bias),
+        policy,
+        (ref_hidden, as_head("ref", ref_head, ref_bias)),
         tokens,
+        row_divergence(divergence),
         temperature=temperature,
         vocab_size=vocab_size,
         chunk_size=chunk_size,
         gemm_dtype=gemm_dtype,
     )
-    return TokenStats(*_Statistics.apply(problem, policy_hidden, policy_head, policy_bias))
+    return TokenStats(*_Statistics.apply(problem, *inputs_of(*policy)))
+
+
+def fused_divergence(
+    policy_hidden: Float[Tensor, "N H"],
+    policy_head: Float[Tensor, "V H"] | OutputHead | ModuleHead,
+    ref_hidden: Float[Tensor, "N G"],
+    ref_head: Float[Tensor, "W G"] | OutputHead | ModuleHead,
+    divergence: str | Divergence = "rkl",
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    gemm_dtype: torch.dtype | None = None,
+) -> Float[Tensor, " N"]:
+    """A divergence of policy and reference at each position: `kl` of `fused_token_stats`.
+
+    In distillation the student is the policy and the teacher the reference. Differentiable in
+    policy_hidden and policy_head. Arguments and errors are those of `fused_token_stats`.
+
+    Returns:
+        `[N]`, nats.
+
+    Example:
+        >>> import torch
+        >>> student, teacher = torch.tensor([[0.5], [0.5]]).log(), torch.tensor([[0.25], [0.75]])
+        >>> fused_divergence(torch.ones(1, 1), student, torch.ones(1, 1), teacher.log(), "fkl")
+        tensor([0.1308])
+    """
+    tokens = torch.zeros(len(policy_hidden), dtype=torch.long, device=policy_hidden.device)
+    return fused_token_stats(
+        policy_hidden,
+        policy_head,
+        ref_hidden,
+        ref_head,
+        tokens,
+        divergence=divergence,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        chunk_size=chunk_size,
+        gemm_dtype=gemm_dtype,
+    ).kl
 
 
 def fused_token_logp(
     policy_hidden: Float[Tensor, "N H"],
-    policy_head: Float[Tensor, "V H"],
+    policy_head: Float[Tensor, "V H"] | OutputHead | ModuleHead,
     tokens: Int[Tensor, " N"],
     *,
     policy_bias: Float[Tensor, " V"] | None = None,
@@ -89,8 +140,8 @@ def fused_token_logp(
 ) -> TokenLogp:
     """Log-probability and entropy per token of one model: `fused_token_stats` without a reference.
 
-    Differentiable in policy_hidden, policy_head and policy_bias. Arguments, validity and errors are
-    those of `fused_token_stats`.
+    Differentiable in policy_hidden and in all parts of policy_head. Arguments, validity and errors
+    are those of `fused_token_stats`.
 
     Returns:
         TokenLogp of `[N]` tensors, nats per token.
@@ -101,26 +152,29 @@ def fused_token_logp(
         >>> fused_token_logp(hidden, head, torch.tensor([3])).entropy
         tensor([1.3863])
     """
+    policy = policy_hidden, as_head("policy", policy_head, policy_bias)
     problem = Problem.of(
-        (policy_hidden, policy_head, policy_bias),
+        policy,
         None,
         tokens,
+        row_divergence("rkl"),
         temperature=temperature,
         vocab_size=vocab_size,
         chunk_size=chunk_size,
         gemm_dtype=gemm_dtype,
     )
-    return TokenLogp(*_Statistics.apply(problem, policy_hidden, policy_head, policy_bias))
+    return TokenLogp(*_Statistics.apply(problem, *inputs_of(*policy)))
 
 
 def fused_token_loss(
     loss_fn: Callable[..., Tensor],
     policy_hidden: Float[Tensor, "N H"],
-    policy_head: Float[Tensor, "V H"],
+    policy_head: Float[Tensor, "V H"] | OutputHead | ModuleHead,
     ref_hidden: Float[Tensor, "N G"],
-    ref_head: Float[Tensor, "W G"],
+    ref_head: Float[Tensor, "W G"] | OutputHead | ModuleHead,
     tokens: Int[Tensor, " N"],
     *per_token: Tensor,
+    divergence: str | Divergence | TopK = "rkl",
     policy_bias: Float[Tensor, " V"] | None = None,
     ref_bias: Float[Tensor, " W"] | None = None,
     temperature: float = 1.0,
@@ -130,8 +184,8 @@ def fused_token_loss(
 ) -> tuple[Float[Tensor, ""], TokenStats]:
     """Σ over chunks of loss_fn(stats, *per_token), with its gradient made in the same pass.
 
-    The logits are multiplied once: when this returns, the gradients of policy_hidden, policy_head
-    and policy_bias are ready, and `loss.backward()` hands them out, times the upstream scalar.
+    The logits are multiplied once: when this returns, the gradients of policy_hidden and of all
+    parts of policy_head are ready, and `loss.backward()` hands them out, times the upstream scalar.
     Under torch.no_grad only the value is computed.
 
     The gradient flows through the statistics alone: per_token holds constants, and tensors that
@@ -147,6 +201,7 @@ def fused_token_loss(
         ref_head: rows of the reference's output embedding.
         tokens: the sampled tokens.
         *per_token: tensors with N rows: advantages, old log-probabilities, coefficients.
+        divergence: what `kl` is.
         policy_bias: added to the policy's logits.
         ref_bias: added to the reference's logits.
         temperature: sampling temperature.
@@ -174,26 +229,27 @@ def fused_token_loss(
         >>> round(loss.item(), 3), hidden.grad.shape
         (0.168, torch.Size([2, 2]))
     """
+    policy = policy_hidden, as_head("policy", policy_head, policy_bias)
     problem = Problem.of(
-        (policy_hidden, policy_head, policy_bias),
-        (ref_hidden, ref_head, ref_bias),
+        policy,
+        (ref_hidden, as_head("ref", ref_head, ref_bias)),
         tokens,
+        row_divergence(divergence),
         temperature=temperature,
         vocab_size=vocab_size,
         chunk_size=chunk_size,
         gemm_dtype=gemm_dtype,
     )
     chunk_loss = _ChunkLoss(loss_fn, problem, per_token)
-    loss, *stats = _Loss.apply(
-        problem, chunk_loss, torch.is_grad_enabled(), policy_hidden, policy_head, policy_bias
-    )
+    differentiate = torch.is_grad_enabled()
+    loss, *stats = _Loss.apply(problem, chunk_loss, differentiate, *inputs_of(*policy))
     return loss, TokenStats(*stats)
 
 
 def fused_logp_loss(
     loss_fn: Callable[..., Tensor],
     policy_hidden: Float[Tensor, "N H"],
-    policy_head: Float[Tensor, "V H"],
+    policy_head: Float[Tensor, "V H"] | OutputHead | ModuleHead,
     tokens: Int[Tensor, " N"],
     *per_token: Tensor,
     policy_bias: Float[Tensor, " V"] | None = None,
@@ -217,19 +273,20 @@ def fused_logp_loss(
         >>> hidden.grad
         tensor([[-0.5000,  0.5000]])
     """
+    policy = policy_hidden, as_head("policy", policy_head, policy_bias)
     problem = Problem.of(
-        (policy_hidden, policy_head, policy_bias),
+        policy,
         None,
         tokens,
+        row_divergence("rkl"),
         temperature=temperature,
         vocab_size=vocab_size,
         chunk_size=chunk_size,
         gemm_dtype=gemm_dtype,
     )
     chunk_loss = _ChunkLoss(loss_fn, problem, per_token)
-    loss, *stats = _Loss.apply(
-        problem, chunk_loss, torch.is_grad_enabled(), policy_hidden, policy_head, policy_bias
-    )
+    differentiate = torch.is_grad_enabled()
+    loss, *stats = _Loss.apply(problem, chunk_loss, differentiate, *inputs_of(*policy))
     return loss, TokenLogp(*stats)
 
 
@@ -237,10 +294,10 @@ class _Statistics(torch.autograd.Function):
     """Statistics now; gradients for whatever upstream arrives, by a second sweep."""
 
     @staticmethod
-    def forward(ctx, problem, hidden, weight, bias):
+    def forward(ctx, problem, *inputs):
         ctx.set_materialize_grads(False)
         ctx.problem = problem
-        ctx.save_for_backward(hidden, weight, bias)
+        ctx.save_for_backward(*inputs)
         stats = problem.sweep()
         if problem.ref is not None:
             ctx.mark_non_differentiable(stats[TokenStats._fields.index("ref_logp")])
@@ -255,7 +312,7 @@ class _Statistics(torch.autograd.Function):
             for name, gradient in zip(problem.record._fields, upstream, strict=True)
             if gradient is not None
         }
-        gradients = Gradients(problem.policy, inputs, ctx.needs_input_grad[1:])
+        gradients = problem.policy.gradients(inputs, ctx.needs_input_grad[1:])
         problem.sweep(lambda rows, _: {k: g[rows] for k, g in given.items()}, gradients)
         return None, *gradients.in_dtype_of(inputs)
 
@@ -264,11 +321,10 @@ class _Loss(torch.autograd.Function):
     """Loss and gradients in one sweep; backward multiplies them by the upstream scalar."""
 
     @staticmethod
-    def forward(ctx, problem, chunk_loss, differentiate, hidden, weight, bias):
-        inputs, needed = (hidden, weight, bias), ctx.needs_input_grad[3:]
-        gradients = None
+    def forward(ctx, problem, chunk_loss, differentiate, *inputs):
+        needed, gradients = ctx.needs_input_grad[3:], None
         if differentiate and any(needed):
-            gradients = Gradients(problem.policy, inputs, needed)
+            gradients = problem.policy.gradients(inputs, needed)
         stats = problem.sweep(chunk_loss, gradients)
         if gradients is not None:
             ctx.save_for_backward(*gradients.in_dtype_of(inputs))

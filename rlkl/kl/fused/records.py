@@ -17,7 +17,7 @@ class TokenStats(NamedTuple):
     ref_logp: Float[Tensor, " N"]
     """log q(y): log-probability of the token under the reference. Constant: no gradient."""
     kl: Float[Tensor, " N"]
-    """D_KL(policy ‖ ref) of the next-token distributions; at least 0."""
+    """D_KL(policy ‖ ref) of the next-token distributions, at least 0; or what was asked for."""
     entropy: Float[Tensor, " N"]
     """Entropy of the policy's next-token distribution."""
 

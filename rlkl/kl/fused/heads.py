@@ -1,0 +1,342 @@
+"""Output heads: how hidden states become logits, and how a gradient of the logits goes back."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+# Heads are read in slices of this many rows: faster for BLAS, and no 16-bit head is widened whole.
+_VOCAB_SLICE = 8192
+
+
+class LowRank(NamedTuple):
+    """An addition to a head's weight, scale · B A, that is never built (LoRA)."""
+
+    a: Float[Tensor, "R H"]
+    b: Float[Tensor, "V R"]
+    scale: float = 1.0
+
+
+class OutputHead(NamedTuple):
+    """logits = cap(scale · (hidden (W + Σ s B A)ᵀ + bias)); cap(x) = softcap · tanh(x / softcap).
+
+    Example:
+        >>> import torch
+        >>> head = OutputHead(torch.eye(2), softcap=30.0)  # Gemma's soft-capped logits
+        >>> head_logits(head, torch.tensor([[3.0, 0.0]]))
+        tensor([[2.9900, 0.0000]])
+    """
+
+    weight: Float[Tensor, "V H"]
+    bias: Float[Tensor, " V"] | None = None
+    scale: float = 1.0
+    """Factor of the logits: Cohere's logit_scale, the inverse of Granite's logits_scaling."""
+    softcap: float | None = None
+    """Bound of the logits, as in Gemma's final_logit_softcapping."""
+    adapters: tuple[LowRank, ...] = ()
+
+
+class ModuleHead(NamedTuple):
+    """logits = cap(scale · module(hidden)) for a head of any other form.
+
+    The module is called on chunks of hidden states, with autograd inside each chunk, so that its
+    memory is that of a chunk too. Gradients reach those of its parameters that require one.
+    """
+
+    module: nn.Module
+    vocab_size: int
+    """Number of logits that the module returns."""
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def head_logits(head: OutputHead | ModuleHead, hidden: Float[Tensor, "*B H"]) -> Tensor:
+    """Logits `[..., V]` of some hidden states, whole, in the dtype of the head: for sampling."""
+    if isinstance(head, ModuleHead):
+        logits = head.module(hidden)
+    else:
+        logits = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
+        for a, b, scale in head.adapters:
+            inner = nn.functional.linear(hidden.to(a.dtype), a)
+            logits = logits + scale * nn.functional.linear(inner, b).to(logits.dtype)
+    logits = logits if head.scale == 1.0 else logits * head.scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+class Product(ABC):
+    """One model's logits in a call: hidden states times head, chunk by chunk, in `dtype`."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: OutputHead | ModuleHead,
+        vocab: int,
+        temperature: float,
+        dtype: torch.dtype,
+    ):
+        self.hidden, self.vocab, self.dtype = hidden.detach(), vocab, dtype
+        scale, softcap = head.scale, head.softcap
+        # What is multiplied is the argument of tanh if there is one, else the logits themselves.
+        self.scale = scale / temperature if softcap is None else scale / softcap
+        self.cap = None if softcap is None else softcap / temperature
+
+    def logits(self, rows: slice | Tensor, out: Tensor, slope: Tensor | None = None) -> None:
+        """Fill `out` [n, V] with the logits of some tokens, divided by the temperature.
+
+        `slope` receives what the gradient of the logits must be multiplied by (only with a cap).
+        """
+        self._multiply(rows, out)
+        if self.cap is not None:
+            out.tanh_()
+            if slope is not None:
+                torch.mul(out, out, out=slope).sub_(1).mul_(-self.cap)
+            out.mul_(self.cap)
+
+    @abstractmethod
+    def _multiply(self, rows: slice | Tensor, out: Tensor) -> None: ...
+
+    @abstractmethod
+    def gradients(self, inputs: Sequence[Tensor | None], needed: Sequence[bool]) -> "Gradients":
+        """Sums of the gradients of those `inputs_of` this product that need one."""
+
+
+class Gradients(ABC):
+    """Sums of the gradients of a product's inputs, for those that need one."""
+
+    sums: list[Tensor | None]
+
+    def __init__(self, inputs: Sequence[Tensor | None], needed: Sequence[bool], dtype: torch.dtype):
+        self.sums = [
+            torch.zeros_like(x, dtype=dtype) if need and x is not None else None
+            for x, need in zip(inputs, needed, strict=True)
+        ]
+
+    @abstractmethod
+    def add(self, rows: slice, grad: Tensor) -> None:
+        """Add a chunk, given the gradient [n, V] of what was multiplied (before any cap)."""
+
+    def in_dtype_of(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """The sums, each in its input's dtype."""
+        return tuple(
+            None if total is None or x is None else total.to(x.dtype)
+            for total, x in zip(self.sums, inputs, strict=True)
+        )
+
+
+class LinearProduct(Product):
+    """scale · (hidden weightᵀ + bias + Σ s (hidden Aᵀ) Bᵀ)."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: OutputHead,
+        vocab: int,
+        temperature: float,
+        dtype: torch.dtype,
+        gemm_dtype: torch.dtype | None,
+    ):
+        super().__init__(hidden, head, vocab, temperature, dtype)
+        self.gemm_dtype = gemm_dtype
+        self.weight = head.weight.detach()[:vocab]
+        self.bias = None if head.bias is None else head.bias.detach()[:vocab]
+        self.adapters = [
+            (a.detach().to(dtype), b.detach()[:vocab].to(dtype), scale)
+            for a, b, scale in head.adapters
+        ]
+
+    def scaled_hidden(self, rows: slice | Tensor) -> Tensor:
+        """Scaled hidden states of some tokens, [n, H]."""
+        hidden = self.hidden[rows].to(self.dtype)
+        return hidden if self.scale == 1.0 else hidden * self.scale
+
+    def weight_slices(self) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of the vocabulary with their rows of the weight."""
+        for start in range(0, self.vocab, _VOCAB_SLICE):
+            columns = slice(start, start + _VOCAB_SLICE)
+            yield columns, self.weight[columns].to(self.dtype)
+
+    def _multiply(self, rows: slice | Tensor, out: Tensor) -> None:
+        hidden = self.scaled_hidden(rows)
+        # Factors that are bfloat16 already lose nothing in a bfloat16 product with a float32 sum.
+        lossless = self.hidden.dtype == self.weight.dtype == torch.bfloat16 and self.scale == 1.0
+        with _gemm_precision(torch.bfloat16 if lossless else self.gemm_dtype):
+            for columns, weight in self.weight_slices():
+                torch.mm(hidden, weight.t(), out=out[:, columns])
+        for a, b, scale in self.adapters:
+            out.addmm_(hidden @ a.t(), b.t(), alpha=scale)
+        if self.bias is not None:
+            out.add_(self.bias.to(self.dtype) * self.scale)
+
+    def gradients(self, inputs: Sequence[Tensor | None], needed: Sequence[bool]) -> Gradients:
+        """Sums of the gradients of hidden, weight, bias and the adapters' factors."""
+        return _LinearGradients(self, inputs, needed)
+
+
+class _LinearGradients(Gradients):
+    def __init__(
+        self, product: LinearProduct, inputs: Sequence[Tensor | None], needed: Sequence[bool]
+    ):
+        super().__init__(inputs, needed, product.dtype)
+        self.product = product
+
+    def add(self, rows: slice, grad: Tensor) -> None:
+        product, vocab = self.product, self.product.vocab
+        # Rows beyond the vocabulary are padding: their gradient stays 0.
+        hidden_sum, weight_sum, bias_sum, *factor_sums = self.sums
+        with _gemm_precision(product.gemm_dtype):
+            if hidden_sum is not None:
+                for columns, weight in product.weight_slices():
+                    hidden_sum[rows].addmm_(grad[:, columns], weight, alpha=product.scale)
+            if weight_sum is not None:
+                weight_sum[:vocab].addmm_(grad.t(), product.scaled_hidden(rows))
+        if bias_sum is not None:
+            bias_sum[:vocab].add_(grad.sum(0), alpha=product.scale)
+        for i, (a, b, scale) in enumerate(product.adapters):
+            a_sum, b_sum = factor_sums[2 * i : 2 * i + 2]
+            hidden = product.scaled_hidden(rows)
+            if b_sum is not None:
+                b_sum[:vocab].addmm_(grad.t(), hidden @ a.t(), alpha=scale)
+            if a_sum is not None or hidden_sum is not None:
+                inner = grad @ b  # [n, R]
+                if a_sum is not None:
+                    a_sum.addmm_(inner.t(), hidden, alpha=scale)
+                if hidden_sum is not None:
+                    hidden_sum[rows].addmm_(inner, a, alpha=scale * product.scale)
+
+
+class ModuleProduct(Product):
+    """scale · module(hidden), differentiated by autograd within each chunk."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: ModuleHead,
+        vocab: int,
+        temperature: float,
+        dtype: torch.dtype,
+    ):
+        super().__init__(hidden, head, vocab, temperature, dtype)
+        self.module, self.parameters = head.module, _trained(head.module)
+
+    def call(self, hidden: Tensor) -> Tensor:
+        """What is multiplied, [n, V], differentiable if autograd is on."""
+        return self.module(hidden)[:, : self.vocab].to(self.dtype) * self.scale
+
+    def _multiply(self, rows: slice | Tensor, out: Tensor) -> None:
+        out.copy_(self.call(self.hidden[rows]))
+
+    def gradients(self, inputs: Sequence[Tensor | None], needed: Sequence[bool]) -> Gradients:
+        """Sums of the gradients of hidden and the module's parameters."""
+        return _ModuleGradients(self, inputs, needed)
+
+
+class _ModuleGradients(Gradients):
+    def __init__(
+        self, product: ModuleProduct, inputs: Sequence[Tensor | None], needed: Sequence[bool]
+    ):
+        super().__init__(inputs, needed, product.dtype)
+        self.product = product
+
+    def add(self, rows: slice, grad: Tensor) -> None:
+        with torch.enable_grad():
+            hidden = self.product.hidden[rows].detach().requires_grad_()
+            logits = self.product.call(hidden)
+        leaves = [hidden, *self.product.parameters]
+        pairs = [(x, s) for x, s in zip(leaves, self.sums, strict=True) if s is not None]
+        found = torch.autograd.grad(logits, [x for x, _ in pairs], grad, allow_unused=True)
+        for (x, total), part in zip(pairs, found, strict=True):
+            if part is not None:
+                (total[rows] if x is hidden else total).add_(part)
+
+
+def _trained(module: nn.Module) -> tuple[Tensor, ...]:
+    return tuple(x for x in module.parameters() if x.requires_grad)
+
+
+def inputs_of(hidden: Tensor, head: OutputHead | ModuleHead) -> tuple[Tensor | None, ...]:
+    """What autograd must know of: hidden states, then the head's parts."""
+    if isinstance(head, ModuleHead):
+        return hidden, *_trained(head.module)
+    factors = [x for adapter in head.adapters for x in (adapter.a, adapter.b)]
+    return hidden, head.weight, head.bias, *factors
+
+
+def product_of(
+    hidden: Tensor,
+    head: OutputHead | ModuleHead,
+    vocab: int,
+    temperature: float,
+    dtype: torch.dtype,
+    gemm_dtype: torch.dtype | None,
+) -> Product:
+    """The product of hidden states [N, H] with the first `vocab` rows of a head."""
+    if isinstance(head, ModuleHead):
+        return ModuleProduct(hidden, head, vocab, temperature, dtype)
+    return LinearProduct(hidden, head, vocab, temperature, dtype, gemm_dtype)
+
+
+def as_head(
+    name: str, head: Tensor | OutputHead | ModuleHead, bias: Tensor | None
+) -> OutputHead | ModuleHead:
+    """The head of an argument that may be a bare weight."""
+    if isinstance(head, Tensor):
+        return OutputHead(head, bias)
+    if bias is not None:
+        raise ValueError(f"{name}_bias is given beside a head of its own: put it into the head")
+    return head
+
+
+def check_head(name: str, head: OutputHead | ModuleHead, hidden: Tensor, n: int) -> int:
+    """The number of logits of a head, once its parts fit each other and the hidden states.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if not 0 < abs(head.scale) < float("inf"):
+        raise ValueError(f"{name}_head.scale={head.scale}: must be finite and not 0")
+    if head.softcap is not None and not 0 < head.softcap < float("inf"):
+        raise ValueError(f"{name}_head.softcap={head.softcap}: must be positive, or None for none")
+    if isinstance(head, ModuleHead):
+        if hidden.ndim != 2 or hidden.shape[0] != n:
+            raise ValueError(
+                f"{name}_hidden has shape {tuple(hidden.shape)}: expected [N, H], N = {n}"
+            )
+        return head.vocab_size
+    vocab, width = head.weight.shape
+    if hidden.shape != (n, width):
+        raise ValueError(
+            f"{name}_hidden has shape {tuple(hidden.shape)}: expected [N, H] = "
+            f"{(n, width)} from tokens and {name}_head"
+        )
+    if head.bias is not None and head.bias.shape != (vocab,):
+        raise ValueError(f"{name}_bias has shape {tuple(head.bias.shape)}: expected {(vocab,)}")
+    for i, (a, b, _) in enumerate(head.adapters):
+        if a.shape[1:] != (width,) or b.shape != (vocab, a.shape[0]):
+            raise ValueError(
+                f"{name}_head.adapters[{i}] has a {tuple(a.shape)} and b {tuple(b.shape)}: "
+                f"expected [R, {width}] and [{vocab}, R]"
+            )
+    return vocab
+
+
+@contextmanager
+def _gemm_precision(dtype: torch.dtype | None) -> Iterator[None]:
+    """Float32 products whose factors oneDNN rounds to bfloat16 (CPU); sums and output stay float32.
+
+    torch.mm of bfloat16 tensors would round its output as well, which drowns a small KL. CPUs
+    without bfloat16 arithmetic ignore the setting. It is the process's, hence set only meanwhile.
+    """
+    if dtype != torch.bfloat16:
+        yield
+        return
+    matmul = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue] (dynamic)
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -1,0 +1,133 @@
+"""The head of a causal LM as data: what is multiplied, and what the model does to it afterwards."""
+
+import logging
+import math
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlkl.kl import LowRank, ModuleHead, OutputHead
+from rlkl.models.language_model import causal_lm
+
+_log = logging.getLogger(__name__)
+
+
+class _AfterHead(NamedTuple):
+    """logits = cap(scale · what the head gave)."""
+
+    scale: float
+    softcap: float | None
+
+
+_after_head: WeakKeyDictionary[PreTrainedModel, _AfterHead] = WeakKeyDictionary()
+_told: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
+
+
+def output_head(model: nn.Module) -> OutputHead | ModuleHead:
+    """The language-model head, for the fused functions of `rlkl.kl` and `rlkl.kl.head_logits`.
+
+    Plain, tied, soft-capped (Gemma), scaled (Cohere, Granite) heads and heads with LoRA or among a
+    PEFT model's modules_to_save become an OutputHead that shares their tensors: gradients reach
+    them. With the adapter off (`reference_model`) it is the head without it. Any other head becomes
+    a ModuleHead, which is slower; the log says so once.
+
+    What a model does to its logits after the head is measured, not looked up: the first call on a
+    model runs it on one token with known numbers in place of the head's output.
+
+    Raises:
+        ValueError: no causal LM, or one without output embeddings, or one that does more to its
+            logits than scaling and soft-capping, or a head with active dropout.
+    """
+    lm = causal_lm(model)
+    head = lm.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(lm).__name__} has no output embeddings: a causal LM is needed")
+    if lm not in _after_head:
+        _after_head[lm] = _measure_after_head(lm, head)
+    scale, softcap = _after_head[lm]
+    if isinstance(head, ModulesToSaveWrapper):
+        saved = [name for name in head.active_adapters if name in head.modules_to_save]
+        off = head.disable_adapters or not saved
+        head = head.original_module if off else head.modules_to_save[saved[0]]
+    adapters = _low_rank(head) if isinstance(head, LoraLinear) else ()
+    linear = head.base_layer if isinstance(head, LoraLinear) and adapters is not None else head
+    if type(linear) is nn.Linear and adapters is not None:
+        return OutputHead(linear.weight, linear.bias, scale, softcap, adapters)
+    if any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in head.modules()):
+        raise ValueError(
+            f"the head {type(head).__name__} has active dropout, so that its logits change from "
+            "call to call: set dropout to 0 or call model.eval()"
+        )
+    if lm not in _told:
+        _told[lm] = type(head).__name__
+        _log.warning(
+            "%s has the head %s, which is not linear: its logits are formed in chunks by the head "
+            "itself, which is slower",
+            type(lm).__name__,
+            type(head).__name__,
+        )
+    return ModuleHead(head, _vocab_size(lm), scale, softcap)
+
+
+def _low_rank(head: LoraLinear) -> tuple[LowRank, ...] | None:
+    """The active adapters of a LoRA head; None if they are more than scale · B A."""
+    if head.disable_adapters or head.merged:
+        return ()
+    adapters = []
+    for name in head.active_adapters:
+        if name not in head.lora_A:
+            continue
+        a, b, dropout = head.lora_A[name], head.lora_B[name], head.lora_dropout[name]
+        plain = isinstance(dropout, nn.Identity) or not dropout.training or dropout.p == 0
+        if name in head.lora_variant or b.bias is not None or not plain:
+            return None
+        adapters.append(LowRank(a.weight, b.weight, head.scaling[name]))
+    return tuple(adapters)
+
+
+def _vocab_size(lm: PreTrainedModel) -> int:
+    return lm.get_input_embeddings().weight.shape[0]
+
+
+@torch.no_grad()
+def _measure_after_head(lm: PreTrainedModel, head: nn.Module) -> _AfterHead:
+    """Scale and soft-cap between head and logits, from the model's answer to known numbers."""
+    probe = torch.tensor([2.0**-7, 1e6, -1e6, -(2.0**-7), 1.0, -1.0, 10.0, -10.0, 0.0])
+    seen: list[Tensor] = []
+
+    def replace(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        size = out.shape[-1]
+        row = probe.to(out.device).repeat(math.ceil(size / len(probe)))[:size]
+        seen.append(row.expand(out.shape).clone())
+        return seen[-1].clone()
+
+    hook = head.register_forward_hook(replace)
+    try:
+        # Dropout would draw random numbers that a run's seed does not know of.
+        with torch.random.fork_rng(), torch.autocast(lm.device.type, enabled=False):
+            token = torch.zeros(1, 1, dtype=torch.long, device=lm.device)
+            logits = lm(input_ids=token, use_cache=False).logits
+    finally:
+        hook.remove()
+    if not seen or seen[0].shape != logits.shape:
+        raise ValueError(f"{type(lm).__name__} does not make its logits by its output embeddings")
+    given, logits = seen[0].flatten(), logits.flatten().float()
+    scale, bound = float(logits[0] / given[0]), float(logits[1].abs())
+    softcap = bound if bound < 0.5 * abs(scale) * float(given[1]) else None
+    if softcap is not None:
+        scale = softcap * math.atanh(float(logits[0]) / softcap) / float(given[0])
+    scale = 1.0 if abs(scale - 1) < 1e-5 else scale  # rounding
+    expected = given * scale
+    if softcap is not None:
+        expected = softcap * torch.tanh(expected / softcap)
+    if not torch.allclose(logits, expected, rtol=1e-2, atol=1e-6):
+        raise ValueError(
+            f"{type(lm).__name__} does more to its logits than scaling and soft-capping: such a "
+            "model's logits cannot be formed outside it"
+        )
+    return _AfterHead(scale, softcap)
