@@ -226,10 +226,10 @@ def _laid_out(figure: go.Figure, vertical: str, height: int = 560) -> go.Figure:
     return figure.update_layout(
         template="plotly_white",
         height=height,
-        margin={"l": 60, "r": 15, "t": 15, "b": 50},
+        margin={"l": 60, "r": 15, "t": 30, "b": 50},
         xaxis={"title": "KL from the reference, nats per response", "rangemode": "tozero"},
         yaxis={"title": vertical},
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0},
+        legend={"orientation": "h", "yanchor": "top", "y": -0.14, "x": 0},
         font={"family": "system-ui, sans-serif", "size": 13},
         hoverlabel={"align": "left"},
     )

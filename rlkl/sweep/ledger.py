@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy import exc
 from sqlalchemy.schema import CreateTable
 
 from rlkl.sweep.spec import Configuration, SweepSpec
@@ -108,7 +109,7 @@ def engine_of(url: str) -> sa.Engine:
     """
     try:
         return _engine(url)
-    except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError) as error:
+    except (exc.ArgumentError, exc.NoSuchModuleError) as error:
         raise ValueError(
             f"storage {url!r} is no address such as sqlite:///file.db or postgresql://user@host/name"
         ) from error
@@ -200,7 +201,7 @@ class Ledger:
         try:
             with self.engine.begin() as db:
                 db.execute(sa.insert(CELLS), rows)
-        except sa.exc.IntegrityError:  # the primary key: somebody was first
+        except exc.IntegrityError:  # the primary key: somebody was first
             return False
         return True
 
@@ -380,7 +381,7 @@ def sweep_names(engine: sa.Engine) -> list[str]:
     try:
         if not sa.inspect(engine).has_table(SWEEPS.name):
             return []
-    except sa.exc.OperationalError as error:
+    except exc.OperationalError as error:
         raise ValueError(f"cannot open {engine.url}: {error.orig}") from error
     with engine.connect() as db:
         return list(db.execute(sa.select(SWEEPS.c.name).order_by(SWEEPS.c.name)).scalars())
@@ -401,7 +402,7 @@ def open_ledger(url: str, spec: SweepSpec, identity: str) -> Ledger:
         with engine.begin() as db:
             row = {"name": spec.name, "identity": identity, "spec": spec.to_json()}
             db.execute(sa.insert(SWEEPS).values(**row, proposing_until=0.0))
-    except sa.exc.IntegrityError:  # the primary key: it is there
+    except exc.IntegrityError:  # the primary key: it is there
         pass
     ledger = Ledger(url, spec.name)
     _same_sweep(ledger.spec, spec, url)

@@ -67,7 +67,7 @@ def make_spec() -> Callable[..., SweepSpec]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_result() -> Callable[..., SweepResult]:
     """A synthetic sweep: rb needs less KL for its reward than k1; the judge turns at 2 nats."""
 
