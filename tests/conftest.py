@@ -58,7 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _float64_in_mathematics(request: pytest.FixtureRequest) -> Iterator[None]:
     """Formulas are checked in float64; models (every other folder) run in their own float32."""
-    if request.path.parent not in MATHEMATICS:
+    if not MATHEMATICS.intersection(request.path.parents):
         yield
         return
     torch.set_default_dtype(torch.float64)

@@ -134,7 +134,7 @@ def write_random_model(folder: Path) -> None:
         n_embd=256,
         n_layer=4,
         n_head=4,
-        activation_function="gelu_pytorch_tanh",
+        activation_function="gelu",
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=1,

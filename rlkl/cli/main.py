@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 import rlkl
+from rlkl.cli.audit import audit
 from rlkl.cli.distill import distill
 from rlkl.cli.errors import fail
 
@@ -14,6 +15,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("audit")(audit)
 
 
 # Its settings are a training configuration's, --help included: they are read from what follows.

@@ -3,7 +3,7 @@
 import csv
 import json
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from datasets import Dataset, load_dataset
 
@@ -18,8 +18,7 @@ def load_prompts(source: str | Path, column: str = "prompt") -> Dataset:
 
     Args:
         source: a ``.txt`` file (one prompt a line), a ``.jsonl`` or ``.csv`` file with `column`,
-        or a
-            hub data set id (``id:split``, split "train" if none is named).
+            or a hub data set id (``id:split``, split "train" if none is named).
         column: where the prompts are; renamed to ``prompt``.
 
     Raises:
@@ -43,6 +42,30 @@ def load_prompts(source: str | Path, column: str = "prompt") -> Dataset:
     if empty:
         raise ValueError(f"{source}: prompt {empty[0] + 1} of {len(prompts)} is empty")
     return Dataset.from_dict({"prompt": prompts})
+
+
+def collate_prompts(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Rows of a dataset as columns; tokenising is the sampler's."""
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def check_prompts(data: Any, at_least: int) -> None:
+    """Refuses a dataset that cannot give `at_least` non-empty prompts.
+
+    Raises:
+        ValueError: says which column, how many rows, or which row is the trouble.
+    """
+    if data is None or "prompt" not in data.column_names:
+        columns = None if data is None else data.column_names
+        raise ValueError(f"a dataset with a 'prompt' column is needed; it has {columns}")
+    empty = [i for i, prompt in enumerate(data["prompt"]) if not prompt.strip()]
+    if empty:
+        raise ValueError(f"prompt {empty[0]} is empty ({len(empty)} of {len(data)} are)")
+    if len(data) < at_least:
+        raise ValueError(
+            f"{len(data)} prompts for per_device_train_batch_size={at_least}; "
+            "give more prompts or a smaller batch"
+        )
 
 
 def _read(path: Path, column: str) -> list[str]:

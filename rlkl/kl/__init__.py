@@ -3,12 +3,14 @@
 Needs torch alone. Read in this order: `estimators` (which estimate), `placement` (where it enters
 the update), `coefficient` (how strongly), `divergences` and `adaptive` (between two distributions),
 `distillation` (which of them a student is trained on), `sequence` (what is reported, with standard
-errors), `tabular` (the truth, by enumeration), `fused` (the same quantities from hidden states,
-without the logits).
+errors), `response_estimators` and `control_moments` (estimates from whole responses), `off_policy`
+(responses of another policy), `tabular` (the truth, by enumeration), `fused` (the same quantities
+from hidden states, without the logits).
 """
 
 from rlkl.kl.adaptive import HeadTailGaps, adaptive_kl, head_tail_gaps, reference_head
 from rlkl.kl.coefficient import AdaptiveKLCoefficient, FixedKLCoefficient, KLCoefficient
+from rlkl.kl.control_moments import ControlEstimate, ControlMoments
 from rlkl.kl.distillation import DIVERGENCES, Divergence, DivergenceClaims, get_divergence
 from rlkl.kl.divergences import (
     forward_kl,
@@ -24,6 +26,8 @@ from rlkl.kl.estimators import (
     Estimator,
     RaoBlackwellEstimator,
     SampledEstimator,
+    TopKBucketEstimator,
+    TopKEstimator,
     check_placement,
     get_estimator,
 )
@@ -41,7 +45,28 @@ from rlkl.kl.fused import (
     fused_token_stats,
     head_logits,
 )
+from rlkl.kl.off_policy import (
+    PrefixChannels,
+    effective_sample_size,
+    prefix_channels,
+    prefix_weighted_surrogate,
+    prefix_weights,
+    response_weights,
+    token_ratio_surrogate,
+    token_ratios,
+    truncated_fraction,
+)
 from rlkl.kl.placement import KLPlacement, future_kl, kl_rewards, kl_surrogate
+from rlkl.kl.response_estimators import (
+    RESPONSE_ESTIMATORS,
+    ControlVariateEstimator,
+    HorvitzThompson,
+    ResponseClaims,
+    ResponseEstimator,
+    ResponseStatistics,
+    get_response_estimator,
+    response_statistics,
+)
 from rlkl.kl.sequence import MeanStderr, mean_and_stderr, per_token_mean_and_stderr, sequence_kl
 from rlkl.kl.tabular import (
     Moments,
@@ -49,6 +74,7 @@ from rlkl.kl.tabular import (
     exact_gradient,
     exact_kl,
     gradient_moments,
+    response_moments,
     surrogate_moments,
     value_moments,
 )
@@ -56,13 +82,18 @@ from rlkl.kl.tabular import (
 __all__ = [
     "DIVERGENCES",
     "ESTIMATORS",
+    "RESPONSE_ESTIMATORS",
     "AdaptiveKLCoefficient",
     "Claims",
+    "ControlEstimate",
+    "ControlMoments",
+    "ControlVariateEstimator",
     "Divergence",
     "DivergenceClaims",
     "Estimator",
     "FixedKLCoefficient",
     "HeadTailGaps",
+    "HorvitzThompson",
     "KLCoefficient",
     "KLPlacement",
     "LowRank",
@@ -70,14 +101,21 @@ __all__ = [
     "ModuleHead",
     "Moments",
     "OutputHead",
+    "PrefixChannels",
     "RaoBlackwellEstimator",
+    "ResponseClaims",
+    "ResponseEstimator",
+    "ResponseStatistics",
     "SampledEstimator",
     "TabularLM",
     "TokenLogp",
     "TokenStats",
     "TopK",
+    "TopKBucketEstimator",
+    "TopKEstimator",
     "adaptive_kl",
     "check_placement",
+    "effective_sample_size",
     "exact_gradient",
     "exact_kl",
     "forward_kl",
@@ -90,6 +128,7 @@ __all__ = [
     "future_kl",
     "get_divergence",
     "get_estimator",
+    "get_response_estimator",
     "gradient_moments",
     "head_logits",
     "head_tail_gaps",
@@ -98,11 +137,20 @@ __all__ = [
     "kl_surrogate",
     "mean_and_stderr",
     "per_token_mean_and_stderr",
+    "prefix_channels",
+    "prefix_weighted_surrogate",
+    "prefix_weights",
     "reference_head",
+    "response_moments",
+    "response_statistics",
+    "response_weights",
     "reverse_kl",
     "sequence_kl",
     "skew_kl",
     "skew_reverse_kl",
     "surrogate_moments",
+    "token_ratio_surrogate",
+    "token_ratios",
+    "truncated_fraction",
     "value_moments",
 ]

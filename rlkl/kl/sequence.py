@@ -1,13 +1,13 @@
 """From per-token estimates to the numbers reported: nats per response or per token, ± error.
 
-Standard errors treat the B responses as independent draws. Responses that share a prompt are so
-given that prompt: for an interval over prompts, average each prompt's responses first.
+Standard errors treat the B responses as independent draws, unless `groups` says which of them share
+a prompt: those are alike, and the error is then that over prompts (clustered by prompt).
 """
 
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -33,11 +33,15 @@ def sequence_kl(k: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Ten
     return torch.where(mask, k, 0.0).sum(1)
 
 
-def mean_and_stderr(x: Float[Tensor, " B"]) -> MeanStderr:
-    """Mean of B independent values and its standard error, s / √B with s² over B - 1.
+def mean_and_stderr(x: Float[Tensor, " B"], groups: Int[Tensor, " B"] | None = None) -> MeanStderr:
+    """Mean of B values and its standard error, s / √B with s² over B - 1.
 
-    One value says nothing of the spread: its standard error is inf, not nan, so that an interval
-    built on it is the whole line.
+    With `groups` the G sums of deviations within a group are what is independent:
+
+        stderr = √( G/(G-1) · Σ_g (Σ_{b∈g} (x_b - mean))² ) / B,
+
+    the same where every group has one member. One value or group says nothing of the spread: its
+    standard error is inf, not nan, so that an interval built on it is the whole line.
 
     Raises:
         ValueError: `x` is empty.
@@ -45,15 +49,18 @@ def mean_and_stderr(x: Float[Tensor, " B"]) -> MeanStderr:
     Example:
         >>> mean_and_stderr(torch.tensor([1.0, 3.0]))
         MeanStderr(mean=tensor(2.), stderr=tensor(1.))
+        >>> mean_and_stderr(torch.tensor([1.0, 1.0, 3.0, 3.0]), torch.tensor([0, 0, 1, 1]))
+        MeanStderr(mean=tensor(2.), stderr=tensor(1.))
     """
     if len(x) == 0:
         raise ValueError("x is empty; a mean needs at least one response")
-    if len(x) == 1:
-        return MeanStderr(x[0], torch.full_like(x[0], torch.inf))
-    return MeanStderr(x.mean(), x.std() / len(x) ** 0.5)
+    mean = x.mean()
+    return MeanStderr(mean, _sum_stderr(x - mean, groups) / len(x))
 
 
-def per_token_mean_and_stderr(k: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> MeanStderr:
+def per_token_mean_and_stderr(
+    k: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], groups: Int[Tensor, " B"] | None = None
+) -> MeanStderr:
     """Mean over all real tokens, R = Σ_b S_b / Σ_b L_b, in nats per token, with its standard error.
 
     S_b is the sum and L_b the length of response b. Tokens of one response are not independent,
@@ -61,7 +68,7 @@ def per_token_mean_and_stderr(k: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 
         stderr = √( B/(B-1) · Σ_b (S_b - R·L_b)² ) / Σ_b L_b;
 
-    inf for a single response, as in `mean_and_stderr`.
+    with `groups`, of the residuals' sums per group; inf for a single one, as in `mean_and_stderr`.
 
     Raises:
         ValueError: `mask` has no True.
@@ -78,7 +85,17 @@ def per_token_mean_and_stderr(k: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
     if tokens == 0:
         raise ValueError("mask has no True; a mean per token needs at least one response token")
     mean = total.sum() / tokens
-    if len(k) == 1:
-        return MeanStderr(mean, torch.full_like(mean, torch.inf))
-    residual = total - mean * length
-    return MeanStderr(mean, (residual.square().sum() * len(k) / (len(k) - 1)).sqrt() / tokens)
+    return MeanStderr(mean, _sum_stderr(total - mean * length, groups) / tokens)
+
+
+def _sum_stderr(
+    residual: Float[Tensor, " B"], groups: Int[Tensor, " B"] | None
+) -> Float[Tensor, ""]:
+    """Standard error of a sum from its residuals, whose sum is 0: √( G/(G-1) · Σ_g r_g² )."""
+    if groups is not None:
+        index = groups.unique(return_inverse=True)[1]
+        residual = residual.new_zeros(int(index.max()) + 1).index_add(0, index, residual)
+    count = len(residual)
+    if count == 1:
+        return torch.full_like(residual[0], torch.inf)
+    return (residual.square().sum() * count / (count - 1)).sqrt()

@@ -145,7 +145,7 @@ def value_moments(policy: TabularLM, ref: TabularLM, estimator: Estimator) -> Mo
     """
     _check_same_responses(policy, ref)
     k = estimator(policy.policy_logp(), ref.policy_logp(), policy.tokens, policy.mask)
-    return _moments(policy, sequence_kl(k, policy.mask))
+    return response_moments(policy, sequence_kl(k, policy.mask))
 
 
 def gradient_moments(
@@ -175,14 +175,17 @@ def gradient_moments(
 
 
 def surrogate_moments(
-    policy: TabularLM, surrogate: Callable[[Float[Tensor, "N T V"]], Float[Tensor, " N"]]
+    policy: TabularLM,
+    surrogate: Callable[[Float[Tensor, "N T V"]], Float[Tensor, " N"]],
+    sampler: TabularLM | None = None,
 ) -> Moments:
     """Mean `[P, V]` and variance (trace) of the gradient of any surrogate from one response.
 
     Args:
-        policy: the model that samples the response and is differentiated.
+        policy: the model that is differentiated.
         surrogate: from `policy_logp` `[N, T, V]` of all responses, in the order of
             `policy.tokens` and `policy.mask`, to one value for each, `[N]`.
+        sampler: the model that samples the response; None: the policy.
     """
 
     def per_response(logits: Tensor) -> Tensor:
@@ -192,12 +195,25 @@ def surrogate_moments(
         per_response, policy.logits.detach(), vectorize=True
     )
     assert isinstance(gradients, Tensor)  # one input, one output
-    return _moments(policy, gradients)  # [N, P, V]
+    return response_moments(policy if sampler is None else sampler, gradients)  # [N, P, V]
 
 
-def _moments(policy: TabularLM, samples: Float[Tensor, "N ..."]) -> Moments:
-    """Σ_y π(y) x(y) and Σ_y π(y) ‖x(y) - mean‖²; responses that are never sampled have no say."""
-    prob = policy.response_logp().detach().exp()
+def response_moments(sampler: TabularLM, samples: Float[Tensor, "N ..."]) -> Moments:
+    """Σ_y μ(y) x(y) and Σ_y μ(y) ‖x(y) - mean‖², μ the model that samples.
+
+    Responses that are never sampled have no say, whatever x is there.
+
+    Args:
+        sampler: the model μ.
+        samples: x of every response, in the order of `sampler.tokens`.
+
+    Example:
+        >>> lm = TabularLM(torch.zeros(1, 2), length=1)
+        >>> mean, variance = response_moments(lm, torch.tensor([1.0, 3.0], dtype=torch.float64))
+        >>> mean.item(), variance.item()
+        (2.0, 1.0)
+    """
+    prob = sampler.response_logp().detach().exp()
     prob, flat = prob[prob > 0], samples.detach().reshape(len(prob), -1)[prob > 0]
     mean = prob @ flat
     variance = prob @ (flat - mean).square().sum(1)

@@ -3,8 +3,7 @@
 from rlkl.models.critic import Critic
 from rlkl.models.language_model import (
     EMBEDDED_LM,
-    LinearHead,
-    linear_head,
+    hidden_size,
     load_causal_lm,
     position_ids,
     response_hidden,
@@ -16,10 +15,9 @@ from rlkl.models.tokenizers import check_same_tokenizer, load_tokenizer
 __all__ = [
     "EMBEDDED_LM",
     "Critic",
-    "LinearHead",
     "check_same_tokenizer",
     "frozen_copy",
-    "linear_head",
+    "hidden_size",
     "load_causal_lm",
     "load_tokenizer",
     "output_head",

@@ -3,7 +3,7 @@
 import inspect
 import os
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -19,15 +19,6 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-
-
-class LinearHead(NamedTuple):
-    """logits = hidden @ weight.T + bias."""
-
-    weight: Tensor
-    """[V, H]"""
-    bias: Tensor | None
-    """[V]"""
 
 
 def model_source(name_or_path: str | os.PathLike[str] | None) -> str:
@@ -90,26 +81,6 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def linear_head(model: nn.Module) -> LinearHead:
-    """Weight and bias of a plain language-model head; `output_head` takes any.
-
-    Raises:
-        ValueError: the head is not one plain linear layer (LoRA on the head, soft-capped or scaled
-            logits), so that logits cannot be formed outside the model.
-    """
-    lm = causal_lm(model)
-    head = lm.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        raise ValueError(
-            f"{type(lm).__name__} has the head {type(head).__name__}; a plain linear head is "
-            "needed (leave lm_head out of the adapter's target_modules)"
-        )
-    for option in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(lm.config, option, None) not in (None, 1, 1.0):
-            raise ValueError(f"{type(lm).__name__} sets {option}, which is not supported yet")
-    return LinearHead(head.weight, head.bias)
-
-
 def position_ids(attention_mask: Tensor) -> Tensor:
     """Positions that count real tokens only, so that left padding changes nothing.
 
@@ -117,6 +88,11 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     tensor([[0, 0, 0, 1]])
     """
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def hidden_size(model: nn.Module) -> int:
+    """Width of the hidden states that the head reads."""
+    return causal_lm(model).config.get_text_config().hidden_size
 
 
 def trunk_of(model: nn.Module) -> PreTrainedModel:

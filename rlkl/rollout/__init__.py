@@ -1,6 +1,12 @@
 """From prompts to a measured rollout: sampling, scoring, exact token statistics, summary."""
 
-from rlkl.rollout.collect import collect_rollout, score_responses, token_statistics
+from rlkl.rollout.collect import (
+    PolicyPass,
+    collect_rollout,
+    policy_pass,
+    score_responses,
+    token_statistics,
+)
 from rlkl.rollout.divergence import (
     DivergenceRecord,
     divergence_statistics,
@@ -13,6 +19,7 @@ from rlkl.rollout.summary import summarise
 
 __all__ = [
     "DivergenceRecord",
+    "PolicyPass",
     "Responses",
     "Rollout",
     "TokenRecord",
@@ -20,6 +27,7 @@ __all__ = [
     "divergence_statistics",
     "encode_prompts",
     "given_responses",
+    "policy_pass",
     "sample_responses",
     "scatter_tokens",
     "score_responses",

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from reward_models import RewardModel
 from rlkl.kl import fused_token_stats
-from rlkl.models import Critic, linear_head, reference_model, response_hidden
+from rlkl.models import Critic, output_head, reference_model, response_hidden
 from rlkl.rollout.records import Responses, Rollout, TokenRecord, scatter_tokens
 
 
@@ -33,6 +34,32 @@ def score_responses(reward: RewardModel, responses: Responses) -> Tensor:
     return scores.to(responses.mask.device)
 
 
+class PolicyPass(NamedTuple):
+    """One pass of the policy's trunk over the N response tokens of a batch, with its graph."""
+
+    hidden: Tensor
+    """[N, H] states from which the tokens are predicted."""
+    values: Tensor | None
+    """[N] V(h_t) in float32, where there is a critic."""
+
+
+def policy_pass(
+    policy: nn.Module,
+    critic: Critic | None,
+    batch: Responses,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> PolicyPass:
+    """Hidden states and values of a batch's response tokens: one pass for policy and critic.
+
+    Differentiable in both models' parameters.
+    """
+    ids, attention = batch.input_ids, batch.attention_mask
+    with autocast():
+        hidden = response_hidden(policy, ids, attention, batch.tokens.shape[1])
+        values = None if critic is None else critic(hidden, ids, attention)[batch.mask]
+    return PolicyPass(hidden[batch.mask], values)
+
+
 @torch.no_grad()
 def token_statistics(
     policy: nn.Module,
@@ -44,6 +71,7 @@ def token_statistics(
     batch_size: int = 256,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     gemm_dtype: torch.dtype | None = None,
+    first_pass: PolicyPass | None = None,
 ) -> TokenRecord:
     """Log-probabilities, exact KL, entropy and values at every response token.
 
@@ -58,29 +86,32 @@ def token_statistics(
         batch_size: responses per pass; the same as in training keeps π_old bitwise equal to π.
         autocast: makes the context in which the trunks run: their precision.
         gemm_dtype: precision of the factors of the heads' products; see `fused_token_stats`.
+        first_pass: the policy's pass over the first `batch_size` responses, where it was made
+            already (to be differentiated later).
     """
-    head = linear_head(policy)
-    batches = [responses.rows(r) for r in torch.arange(len(responses)).split(batch_size)]
+    head = output_head(policy)
     parts, hidden_parts, value_parts = [], [], []
-    for batch in batches:
-        ids, attention, length = batch.input_ids, batch.attention_mask, batch.tokens.shape[1]
-        with autocast():
-            hidden = response_hidden(policy, ids, attention, length)
-            if critic is not None:
-                value_parts.append(critic(hidden, ids, attention)[batch.mask])
-            with reference_model(policy, ref_model) as ref:
-                ref_hidden = response_hidden(ref, ids, attention, length)
-                ref_head = linear_head(ref)
-        hidden_parts.append(ref_hidden[batch.mask].float())
+    for number, rows in enumerate(torch.arange(len(responses)).split(batch_size)):
+        batch = responses.rows(rows)
+        if number > 0 or first_pass is None:
+            hidden, values = policy_pass(policy, critic, batch, autocast)
+        else:
+            hidden, values = first_pass
+        with autocast(), reference_model(policy, ref_model) as ref:
+            ref_hidden = response_hidden(
+                ref, batch.input_ids, batch.attention_mask, batch.tokens.shape[1]
+            )[batch.mask]
+            ref_head = output_head(ref)
+        if values is not None:
+            value_parts.append(values)
+        hidden_parts.append(ref_hidden.float())
         parts.append(
             fused_token_stats(
-                hidden[batch.mask],
-                head.weight,
-                ref_hidden[batch.mask],
-                ref_head.weight,
+                hidden,
+                head,
+                ref_hidden,
+                ref_head,
                 batch.tokens[batch.mask],
-                policy_bias=head.bias,
-                ref_bias=ref_head.bias,
                 temperature=temperature,
                 gemm_dtype=gemm_dtype,
             )

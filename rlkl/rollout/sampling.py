@@ -11,9 +11,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from rlkl.models.language_model import linear_head, position_ids, trunk_of
+from rlkl.kl import ModuleHead, OutputHead, head_logits
+from rlkl.models import output_head, position_ids
+from rlkl.models.language_model import causal_lm, trunk_of
+from rlkl.rollout.cache import reserved_cache
 from rlkl.rollout.records import Responses
 
 
@@ -68,7 +71,7 @@ def sample_tokens(
     Returns:
         tokens [B, T], mask [B, T] and ended [B]; see :class:`rlkl.rollout.Responses`.
     """
-    trunk, head = trunk_of(model), linear_head(model)
+    trunk, head = trunk_of(model), _in_float32(output_head(model))
     batch, prompt_length = prompt_ids.shape
     eos = torch.tensor(sorted(eos_token_ids), device=prompt_ids.device)
     tokens = torch.full((batch, max_new_tokens), pad_token_id, device=prompt_ids.device)
@@ -81,7 +84,7 @@ def sample_tokens(
     positions = position_ids(attention_mask)
     takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
 
-    cache = DynamicCache(config=trunk.config)
+    cache = reserved_cache(trunk.config, prompt_length + max_new_tokens)
     step_ids, seen = prompt_ids, 0
     for t in range(max_new_tokens):
         upto = prompt_length + t
@@ -95,7 +98,7 @@ def sample_tokens(
         ).last_hidden_state[:, -1]
         seen = upto
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = nn.functional.linear(hidden.float(), head.weight.float(), head.bias)
+            logits = head_logits(head, hidden.float()).float()
         drawn = _draw(logits[:, :vocab_size] / temperature, generator)
         tokens[:, t] = torch.where(ended, pad_token_id, drawn)
         mask[:, t] = ~ended
@@ -105,6 +108,19 @@ def sample_tokens(
         step_ids = tokens[:, t : t + 1]
     length = int(mask.sum(1).max())
     return tokens[:, :length], mask[:, :length], ended
+
+
+def _in_float32(head: OutputHead | ModuleHead) -> OutputHead | ModuleHead:
+    """A head whose products are not rounded to 16 bits: what is drawn is what is measured later."""
+    if isinstance(head, ModuleHead):
+        return head
+    return OutputHead(
+        head.weight.float(),
+        None if head.bias is None else head.bias.float(),
+        head.scale,
+        head.softcap,
+        tuple(x._replace(a=x.a.float(), b=x.b.float()) for x in head.adapters),
+    )
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -151,7 +167,7 @@ def sample_responses(
         vocab_size: real tokens, where the head is padded beyond them; None: all its rows.
         on_batch: called with the number of responses done in each batch, for a progress bar.
     """
-    device = linear_head(model).weight.device
+    device = causal_lm(model).device
     prompt_ids, prompt_mask = encode_prompts(tokenizer, prompts, max_prompt_length)
     eos_token_ids = _eos_token_ids(model, tokenizer)
     lengths = prompt_mask.sum(1)

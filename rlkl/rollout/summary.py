@@ -2,9 +2,11 @@
 table.
 """
 
+import torch
 from torch import Tensor
 
 from rlkl.kl import (
+    RaoBlackwellEstimator,
     SampledEstimator,
     get_estimator,
     mean_and_stderr,
@@ -17,20 +19,35 @@ REPORTED_ESTIMATORS = ("k1", "k3", "rb")
 
 
 def token_kl(name: str, rollout: Rollout) -> Tensor:
-    """k_t by the estimator `name` from a rollout's statistics: [B, T] nats, 0 where masked."""
+    """k_t by the estimator `name` from a rollout's statistics: [B, T] nats, 0 where masked.
+
+    Raises:
+        ValueError: a rollout's statistics do not hold what the estimator needs (topk).
+    """
     estimator = get_estimator(name)
     if isinstance(estimator, SampledEstimator):
         return estimator.from_token_logp(rollout.tokens.policy_logp, rollout.tokens.ref_logp)
-    return rollout.tokens.kl
+    if isinstance(estimator, RaoBlackwellEstimator):
+        return rollout.tokens.kl
+    raise ValueError(
+        f"estimator {name!r} needs whole distributions, of which a rollout keeps the exact KL: "
+        "use 'rb', which costs no more"
+    )
 
 
 def summarise(rollout: Rollout) -> dict[str, float]:
     """KL by every estimator on the same responses, score, judges, entropy, length.
 
     Keys are those of the vocabulary table in `rlkl.trainers.metrics`; one ending in ``_se`` is the
-    standard error of the mean before it, responses being independent.
+    standard error of the mean before it, clustered by prompt: responses to one prompt are alike.
     """
-    mask = rollout.responses.mask
+    mask, prompts = rollout.responses.mask, rollout.responses.prompts
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    groups = torch.tensor([number[prompt] for prompt in prompts], device=mask.device)
+    if (
+        len(number) == 1
+    ):  # it is then about this one prompt, given which its responses are independent
+        groups = None
     metrics: dict[str, float] = {}
 
     def put(name: str, mean: Tensor, stderr: Tensor) -> None:
@@ -38,13 +55,14 @@ def summarise(rollout: Rollout) -> dict[str, float]:
 
     for name in REPORTED_ESTIMATORS:
         k = token_kl(name, rollout)
-        put(f"kl/{name}", *mean_and_stderr(sequence_kl(k, mask)))
-        put(f"kl/{name}_per_token", *per_token_mean_and_stderr(k, mask))
-    put("objective/scores", *mean_and_stderr(rollout.scores))
+        put(f"kl/{name}", *mean_and_stderr(sequence_kl(k, mask), groups))
+        put(f"kl/{name}_per_token", *per_token_mean_and_stderr(k, mask, groups))
+    put("objective/scores", *mean_and_stderr(rollout.scores, groups))
     metrics["objective/scores_std"] = float(rollout.scores.std(correction=0))
     for name, scores in rollout.other_scores.items():
-        put(f"judge/{name}", *mean_and_stderr(scores))
-    put("policy/entropy_per_token", *per_token_mean_and_stderr(rollout.tokens.entropy, mask))
-    put("response/length", *mean_and_stderr(mask.sum(1).float()))
+        put(f"judge/{name}", *mean_and_stderr(scores, groups))
+    entropy = per_token_mean_and_stderr(rollout.tokens.entropy, mask, groups)
+    put("policy/entropy_per_token", *entropy)
+    put("response/length", *mean_and_stderr(mask.sum(1).float(), groups))
     metrics["response/truncated_fraction"] = float((~rollout.responses.ended).float().mean())
     return metrics

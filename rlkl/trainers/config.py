@@ -48,6 +48,17 @@ class PPOConfig(RunArguments):
         default=False,
         metadata={"help": "Train with a KL term whose gradient is not that of the sequence KL."},
     )
+    kl_off_policy: str = field(
+        default="none",
+        metadata={
+            "help": "From the second update of a rollout on: none (its KL as measured), prefix "
+            "(importance weights of the prefixes: the exact gradient of the sequence KL), or "
+            "prefix_truncated (weights of at most kl_weight_bound)."
+        },
+    )
+    kl_weight_bound: float = field(
+        default=2.0, metadata={"help": "Largest prefix weight of prefix_truncated, at least 1."}
+    )
     kl_target: float | None = field(
         default=None,
         metadata={"help": "Nats per response to hold by an adaptive β (Ziegler et al. 2019)."},
@@ -105,6 +116,12 @@ class PPOConfig(RunArguments):
                 f"kl_coef is {self.kl_coef}; it must be >= 0 (0 trains without penalty and still "
                 "measures the KL)"
             )
+        if self.kl_off_policy not in ("none", "prefix", "prefix_truncated"):
+            raise ValueError(
+                f"kl_off_policy is {self.kl_off_policy!r}; use none, prefix or prefix_truncated"
+            )
+        if self.kl_weight_bound < 1:
+            raise ValueError(f"kl_weight_bound is {self.kl_weight_bound}; it must be at least 1")
         if self.gradient_accumulation_steps != 1:
             raise ValueError(
                 f"gradient_accumulation_steps is {self.gradient_accumulation_steps}; a step is a "

@@ -28,6 +28,12 @@ VOCABULARY: dict[str, str] = {
     "kl_coef": "β of this step; adaptive β moves after the step's KL was measured",
     "val/ratio": "mean of π(y_t)/π_old(y_t) over the tokens of all updates of the step",
     "val/ratio_var": "variance of π(y_t)/π_old(y_t) over the same tokens",
+    "val/ess_fraction": (
+        "(Σw)² / (B Σw²), w = π(y)/π_old(y) of whole responses; of the step's last update"
+    ),
+    "val/truncated_fraction": (
+        "share of the tokens of the step's updates with Π_{s<t} π(y_s)/π_old(y_s) > kl_weight_bound"
+    ),
     "val/first_ratio_error": "max |π(y_t)/π_old(y_t) − 1| at the step's first update; must be 0",
     "policy/approxkl_avg": (
         "mean of (ρ − 1) − log ρ, ρ = π/π_old: k3 of D_KL(π_old ‖ π). Nats per token"
@@ -43,7 +49,10 @@ VOCABULARY: dict[str, str] = {
     ),
     "time/generation": "seconds: sampling the responses",
     "time/scoring": "seconds: reward model and judges",
-    "time/statistics": "seconds: policy, reference and critic on the responses, without gradient",
+    "time/statistics": (
+        "seconds: policy, reference and critic on the responses; the first update takes its policy "
+        "pass from here"
+    ),
     "time/optimisation": "seconds: the step's updates, but for the last optimiser step",
     "time/step": "seconds: the whole step",
     "episode": "responses sampled so far",
@@ -53,7 +62,7 @@ VOCABULARY: dict[str, str] = {
     "epoch": "passes over the prompts so far",
 }
 """Every metric by its formula. A key ending in ``_se`` is the standard error of the mean before it
-(responses independent); b runs over responses, t over their real tokens, π is the policy that
+(clustered by prompt); b runs over responses, t over their real tokens, π is the policy that
 sampled, q the reference, h_t the prefix before y_t."""
 
 

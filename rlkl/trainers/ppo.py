@@ -15,35 +15,46 @@ from transformers.integrations import WandbCallback
 from transformers.trainer_utils import TrainOutput
 
 from reward_models import RewardModel
+from rlkl.data import check_prompts, collate_prompts
 from rlkl.kl import (
     AdaptiveKLCoefficient,
     FixedKLCoefficient,
     KLCoefficient,
     KLPlacement,
+    ModuleHead,
+    RaoBlackwellEstimator,
     SampledEstimator,
-    TokenLogp,
-    TokenStats,
     check_placement,
-    fused_logp_loss,
-    fused_token_loss,
     get_estimator,
     kl_rewards,
+    prefix_weights,
+    response_weights,
     sequence_kl,
 )
-from rlkl.models import Critic, frozen_copy, linear_head, reference_model, response_hidden
+from rlkl.models import Critic, frozen_copy, hidden_size, output_head
 from rlkl.rl import (
-    clipped_policy_loss,
     clipped_value_loss,
     gae,
     penalise_missing_eos,
     token_rewards,
     whiten,
 )
-from rlkl.rollout import Responses, Rollout, collect_rollout, sample_responses, token_statistics
+from rlkl.rollout import (
+    PolicyPass,
+    Responses,
+    Rollout,
+    TokenRecord,
+    collect_rollout,
+    policy_pass,
+    sample_responses,
+    scatter_tokens,
+    token_statistics,
+)
 from rlkl.rollout.collect import SumOfRewards
 from rlkl.rollout.summary import summarise, token_kl
 from rlkl.trainers.config import PPOConfig
 from rlkl.trainers.metrics import MetricsFile, average_steps
+from rlkl.trainers.policy_loss import PolicyLoss
 from rlkl.trainers.step import StepClock, Update, explained_variance, update_metrics
 from rlkl.trainers.tracking import WandbMirror, log_completions, wandb_run
 
@@ -105,6 +116,11 @@ class PPOTrainer(Trainer):
         self.estimator = get_estimator(args.kl_estimator or self.default_estimator)
         self.placement = KLPlacement(args.kl_placement or self.default_placement)
         check_placement(self.estimator, self.placement, args.allow_biased_kl)
+        if not isinstance(self.estimator, SampledEstimator | RaoBlackwellEstimator):
+            raise ValueError(
+                f"kl_estimator is {self.estimator.name}, which is for measuring: train with rb, "
+                "exact and no dearer, or with a sampled estimator"
+            )
         check_prompts(train_dataset, at_least=args.per_device_train_batch_size)
         if args.world_size > 1:
             raise ValueError(
@@ -114,11 +130,14 @@ class PPOTrainer(Trainer):
             model = get_peft_model(model, peft_config)  # pyright: ignore[reportArgumentType]
         if ref_model is None and not isinstance(model, PeftModel):
             ref_model = frozen_copy(model)
+        elif ref_model is None and isinstance(output_head(model), ModuleHead):
+            raise ValueError(
+                "this head's logits depend on whether the adapter is on, so that policy and "
+                "reference cannot be in use at once: pass ref_model, a copy of the base model"
+            )
         self.ref_model = ref_model
-        width = linear_head(model).weight.shape[1]
-        self.critic = Critic(
-            width, trunk=_trainable_copy(model) if args.separate_value_model else None
-        )
+        own_trunk = _trainable_copy(model) if args.separate_value_model else None
+        self.critic = Critic(hidden_size(model), own_trunk)
         self.reward = (
             SumOfRewards(reward_funcs) if isinstance(reward_funcs, Sequence) else reward_funcs
         )
@@ -144,6 +163,9 @@ class PPOTrainer(Trainer):
         self.critic.to(args.device)
         if self.ref_model is not None:
             self.ref_model.to(args.device).eval()
+        self.policy_loss = PolicyLoss(
+            self.model, self.ref_model, self.estimator, self.placement, args
+        )
 
     # ---- one step --------------------------------------------------------------------------------
 
@@ -157,11 +179,14 @@ class PPOTrainer(Trainer):
         self.model.eval()  # dropout off: π_old, π and the reference must be the same functions
         clock = StepClock()
         with clock("step"):
-            rollout = self.rollout(inputs["prompt"], self._generator("sampling"), clock)
+            responses = self.sample(inputs["prompt"], self._generator("sampling"), clock)
+            with clock("statistics"):
+                first_pass = self.first_pass(responses)
+            rollout = self.measure(responses, clock, first_pass)
             metrics = summarise(rollout)
             advantages, returns, scale = self.advantages(rollout, metrics)
             with clock("optimisation"):
-                loss = self.optimise(rollout, advantages, returns, scale, metrics)
+                loss = self.optimise(rollout, advantages, returns, scale, metrics, first_pass)
             self.kl_coefficient.update(metrics["objective/kl"], len(rollout))
         metrics["episode"] = (self.state.global_step + 1) * len(rollout)
         self._unlogged.append(metrics | clock.seconds)
@@ -171,13 +196,12 @@ class PPOTrainer(Trainer):
             log_completions(rollout, step, self.args.num_completions, folder)
         return loss
 
-    @torch.no_grad()
-    def rollout(self, prompts: list[str], generator: torch.Generator, clock: StepClock) -> Rollout:
-        """Prompts -> responses, their scores, and what policy, reference and critic say of them."""
+    def sample(self, prompts: list[str], generator: torch.Generator, clock: StepClock) -> Responses:
+        """Prompts -> `num_generations` responses to each."""
         args = self.args
         prompts = [prompt for prompt in prompts for _ in range(args.num_generations)]
         with clock("generation"), self.accelerator.autocast():
-            responses = sample_responses(
+            return sample_responses(
                 self.model,
                 self.tokenizer,
                 prompts,
@@ -186,12 +210,36 @@ class PPOTrainer(Trainer):
                 generator=generator,
                 max_prompt_length=args.max_prompt_length,
             )
+
+    def first_pass(self, responses: Responses) -> PolicyPass | None:
+        """The policy's pass over the first minibatch, with its graph.
+
+        It measures the rollout and is differentiated in the first update: both are the same
+        function of the same rows, since no update lies between them. With microbatches, whose
+        graphs are to be in memory one at a time, each makes its own pass: None.
+        """
+        if self.args.micro_batch_size is not None:
+            return None
+        first = torch.arange(len(responses)).split(self.args.mini_batch_size)[0]
+        return self.policy_pass(responses.rows(first))
+
+    def policy_pass(self, batch: Responses) -> PolicyPass:
+        """Hidden states and values of a batch's tokens, with their graph."""
+        return policy_pass(self.model, self.critic, batch, self.accelerator.autocast)  # pyright: ignore[reportArgumentType] (its None)
+
+    @torch.no_grad()
+    def measure(
+        self, responses: Responses, clock: StepClock, first_pass: PolicyPass | None = None
+    ) -> Rollout:
+        """Responses -> their scores, and what policy, reference and critic say of them."""
         with clock("statistics"):
-            tokens = self.token_statistics(responses)
+            tokens = self.token_statistics(responses, first_pass)
         with clock("scoring"):
             return collect_rollout(responses, self.reward, tokens, self.judges)
 
-    def token_statistics(self, responses: Responses):
+    def token_statistics(
+        self, responses: Responses, first_pass: PolicyPass | None = None
+    ) -> TokenRecord:
         """Log-probabilities, exact KL, entropy and values of the responses' tokens."""
         return token_statistics(
             self.model,
@@ -202,6 +250,7 @@ class PPOTrainer(Trainer):
             batch_size=self.args.micro_batch_size or self.args.mini_batch_size,
             autocast=self.accelerator.autocast,  # pyright: ignore[reportArgumentType] (its None)
             gemm_dtype=self.args.gemm_dtype,
+            first_pass=first_pass,
         )
 
     def advantages(
@@ -242,6 +291,7 @@ class PPOTrainer(Trainer):
         returns: Tensor,
         scale: Tensor,
         metrics: dict[str, float],
+        first_pass: PolicyPass | None = None,
     ) -> Tensor:
         """All epochs of minibatches; the last minibatch's gradient is left for the Trainer to
         apply.
@@ -260,11 +310,22 @@ class PPOTrainer(Trainer):
             for rows in order.split(self.args.mini_batch_size):
                 if updates:
                     self._apply_gradient()
-                update = self.accumulate_gradient(rollout, rows, advantages, returns, scale)
+                update = self.accumulate_gradient(
+                    rollout,
+                    rows,
+                    advantages,
+                    returns,
+                    scale,
+                    first_pass,
+                    off_policy=bool(updates) and self.args.kl_off_policy != "none",
+                )
+                first_pass = None  # of the policy before its first update
                 updates.append(update)
                 loss = update.loss
         self._clip_critic()
-        metrics |= update_metrics(updates, self.args.cliprange, self.args.cliprange_value)
+        metrics |= update_metrics(
+            updates, self.args.cliprange, self.args.cliprange_value, self.args.kl_weight_bound
+        )
         return loss
 
     def accumulate_gradient(
@@ -274,86 +335,55 @@ class PPOTrainer(Trainer):
         advantages: Tensor,
         returns: Tensor,
         scale: Tensor,
+        policy_pass: PolicyPass | None = None,
+        *,
+        off_policy: bool = False,
     ) -> Update:
         """Gradient of one minibatch: means over its tokens of policy, value and KL losses.
+
+        `policy_pass` is the minibatch's, where it was made already. `off_policy` takes the KL of
+        the policy as it is now, by weights of the prefixes, in place of the rollout's: see
+        `PrefixCorrection`.
 
         The KL in the loss is divided by the advantages' scale σ: both channels of the objective
         E[score] − β D_KL keep their proportion.
         """
-        args, mask = self.args, rollout.responses.mask
-        count = mask[rows].sum()
-        kl_weight = 0.0
-        if self.placement is not KLPlacement.REWARD:
-            kl_weight = self.kl_coefficient.value / float(scale)
-
-        def token_loss(
-            stats: TokenStats | TokenLogp, old_logp: Tensor, advantage: Tensor
-        ) -> Tensor:
-            loss = clipped_policy_loss(stats.policy_logp, old_logp, advantage, args.cliprange)
-            if isinstance(stats, TokenStats):
-                loss = loss + kl_weight * self._loss_kl(stats)
-            return loss.sum() / count
-
+        args, old = self.args, rollout.tokens
+        count = rollout.responses.mask[rows].sum()
+        beta = self.kl_coefficient.value / float(scale)
         parts: list[Update] = []
-        old, head = rollout.tokens, linear_head(self.model)
         assert old.values is not None  # the trainer always passes its critic
         for micro in rows.split(args.micro_batch_size or len(rows)):
             batch = rollout.responses.rows(micro)
-            ids, attention = batch.input_ids, batch.attention_mask
-            old_logp, old_values, advantage, target, ref_hidden = (
-                x[micro, : batch.tokens.shape[1]][batch.mask]
-                for x in (old.policy_logp, old.values, advantages, returns, old.ref_hidden)
+            mask, length = batch.mask, batch.tokens.shape[1]
+            old_logp, old_values, target = (
+                x[micro, :length] for x in (old.policy_logp, old.values, returns)
             )
-            with self.accelerator.autocast():
-                hidden = response_hidden(self.model, ids, attention, batch.tokens.shape[1])
-                values = self.critic(hidden, ids, attention)[batch.mask]
-            policy = (hidden[batch.mask], head.weight)
-            sample = (batch.tokens[batch.mask], old_logp, advantage)
-            shared = {
-                "policy_bias": head.bias,
-                "temperature": args.temperature,
-                "gemm_dtype": args.gemm_dtype,
-            }
-            if self.placement is KLPlacement.REWARD:
-                policy_loss, stats = fused_logp_loss(token_loss, *policy, *sample, **shared)
-            else:
-                with reference_model(self.model, self.ref_model) as ref:
-                    reference = linear_head(ref)
-                policy_loss, stats = fused_token_loss(
-                    token_loss,
-                    *policy,
-                    ref_hidden,
-                    reference.weight,
-                    *sample,
-                    ref_bias=reference.bias,
-                    **shared,
-                )
-            value_loss = clipped_value_loss(values, old_values, target, args.cliprange_value)
+            hidden, values = policy_pass or self.policy_pass(batch)
+            assert values is not None
+            policy = self.policy_loss(
+                rollout, micro, hidden, advantages, beta, count, off_policy=off_policy
+            )
+            value_loss = clipped_value_loss(
+                values, old_values[mask], target[mask], args.cliprange_value
+            )
             value_loss = value_loss.sum() / count
-            loss = policy_loss + args.vf_coef * value_loss
+            loss = policy.loss + args.vf_coef * value_loss
             self.accelerator.backward(loss)
-
-            with torch.no_grad():
-                kl_loss = torch.zeros_like(loss)
-                if isinstance(stats, TokenStats):
-                    kl_loss = kl_weight * self._loss_kl(stats).sum() / count
-                parts.append(
-                    Update(
-                        loss=loss.detach(),
-                        policy_loss=policy_loss.detach() - kl_loss,
-                        kl_loss=kl_loss,
-                        value_loss=value_loss.detach(),
-                        log_ratio=stats.policy_logp - old_logp,
-                        value_change=values - old_values,
-                    )
+            logps = scatter_tokens(policy.logp, mask), old_logp, mask
+            parts.append(
+                Update(
+                    loss=loss.detach(),
+                    policy_loss=policy.loss.detach() - policy.kl_loss,
+                    kl_loss=policy.kl_loss,
+                    value_loss=value_loss.detach(),
+                    log_ratio=policy.logp - old_logp[mask],
+                    value_change=values.detach() - old_values[mask],
+                    prefix_weight=prefix_weights(*logps)[mask],
+                    response_weight=response_weights(*logps),
                 )
+            )
         return Update.join(parts)
-
-    def _loss_kl(self, stats: TokenStats) -> Tensor:
-        """k_t with its gradient, from one chunk's statistics."""
-        if isinstance(self.estimator, SampledEstimator):
-            return self.estimator.from_token_logp(stats.policy_logp, stats.ref_logp)
-        return stats.kl
 
     def _apply_gradient(self) -> None:
         """Clips and steps between minibatches, as the Trainer does after the last one."""
@@ -411,7 +441,9 @@ class PPOTrainer(Trainer):
         self.model.eval()
         seed = (self.args.seed << 34) + 2  # no step's: their last two bits are 0 or 1
         generator = torch.Generator(device=self.args.device).manual_seed(seed)
-        summary = summarise(self.rollout(list(data["prompt"]), generator, StepClock()))
+        clock = StepClock()
+        responses = self.sample(list(data["prompt"]), generator, clock)
+        summary = summarise(self.measure(responses, clock))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in summary.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
@@ -443,30 +475,6 @@ class PPOTrainer(Trainer):
         load_model(self.critic, str(folder / "critic.safetensors"))
         state = json.loads((folder / "kl_coefficient.json").read_text())
         self.kl_coefficient.load_state_dict(state)
-
-
-def collate_prompts(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Rows of a dataset as columns; tokenising is the sampler's."""
-    return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-def check_prompts(data: Any, at_least: int) -> None:
-    """Refuses a dataset that cannot give `at_least` non-empty prompts.
-
-    Raises:
-        ValueError: says which column, how many rows, or which row is the trouble.
-    """
-    if data is None or "prompt" not in data.column_names:
-        columns = None if data is None else data.column_names
-        raise ValueError(f"a dataset with a 'prompt' column is needed; it has {columns}")
-    empty = [i for i, prompt in enumerate(data["prompt"]) if not prompt.strip()]
-    if empty:
-        raise ValueError(f"prompt {empty[0]} is empty ({len(empty)} of {len(data)} are)")
-    if len(data) < at_least:
-        raise ValueError(
-            f"{len(data)} prompts for per_device_train_batch_size={at_least}; "
-            "give more prompts or a smaller batch"
-        )
 
 
 def _trainable_copy(model: nn.Module) -> nn.Module:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlkl.kl import effective_sample_size
+
 
 class StepClock:
     """Seconds of each part of a step."""
@@ -37,6 +39,10 @@ class Update:
     """[N] log π(y_t) − log π_old(y_t)"""
     value_change: Tensor
     """[N] V − V_old"""
+    prefix_weight: Tensor
+    """[N] Π_{s<t} π(y_s)/π_old(y_s)"""
+    response_weight: Tensor
+    """[B] π(y)/π_old(y)"""
 
     @classmethod
     def join(cls, parts: Sequence["Update"]) -> "Update":
@@ -52,15 +58,19 @@ class Update:
             value_loss=total("value_loss"),
             log_ratio=torch.cat([part.log_ratio for part in parts]),
             value_change=torch.cat([part.value_change for part in parts]),
+            prefix_weight=torch.cat([part.prefix_weight for part in parts]),
+            response_weight=torch.cat([part.response_weight for part in parts]),
         )
 
 
 def update_metrics(
-    updates: Sequence[Update], cliprange: float, cliprange_value: float
+    updates: Sequence[Update], cliprange: float, cliprange_value: float, weight_bound: float
 ) -> dict[str, float]:
     """Losses and ratios of a step's updates, by the names and formulas of the vocabulary."""
     log_ratio = torch.cat([update.log_ratio for update in updates])
     value_change = torch.cat([update.value_change for update in updates])
+    prefix_weight = torch.cat([update.prefix_weight for update in updates])
+    last = updates[-1].response_weight
     ratio = log_ratio.exp()
 
     def mean(name: str) -> float:
@@ -75,6 +85,8 @@ def update_metrics(
         "val/clipfrac_avg": float((value_change.abs() > cliprange_value).float().mean()),
         "val/ratio": float(ratio.mean()),
         "val/ratio_var": float(ratio.var(correction=0)),
+        "val/ess_fraction": float(effective_sample_size(last)) / len(last),
+        "val/truncated_fraction": float((prefix_weight > weight_bound).float().mean()),
         "val/first_ratio_error": float((updates[0].log_ratio.exp() - 1).abs().max()),
     }
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,7 +25,12 @@ from rlkl.kl.tabular import TabularLM
 EXACT, FALSE = 1e-12, 1e-3
 """Relative errors: below the first a claim holds, above the second it is seen to be false."""
 
-every_estimator = pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS.keys())
+VOCAB_SIZE, TOP_K = 4, 2
+HEADS = {name: replace(get_estimator(name), k=TOP_K) for name in ("topk", "topk_bucket")}
+"""With a head of half of the vocabulary, so that there is a tail."""
+
+CASES = ESTIMATORS | HEADS
+every_estimator = pytest.mark.parametrize("estimator", CASES.values(), ids=CASES.keys())
 every_placement = pytest.mark.parametrize("placement", KLPlacement, ids=str)
 
 
@@ -62,16 +68,25 @@ def test_exact_gradient_claim(estimator, placement, pair):
 
 @every_estimator
 def test_own_token_claim(estimator, pair):
-    k = on_every_response(estimator, *pair)
-    first = k[:, 0]  # every response has the same first prefix
-    spread = (first.max() - first.min()).item()
-    assert spread > FALSE if estimator.claims.own_token else spread == 0
+    """E[∇k_t | h_t] is ∇E[k_t | h_t], by finite differences, just where the claim is False."""
+    policy, ref = (TabularLM(lm.logits[:1], length=1) for lm in pair)
+    differentiated = gradient_moments(policy, ref, estimator, "loss").mean
+    step, differences = 1e-6, torch.zeros_like(policy.logits)
+    for v in range(VOCAB_SIZE):
+        shift = step * torch.nn.functional.one_hot(torch.tensor([v]), VOCAB_SIZE)
+        above, below = (
+            value_moments(policy.with_logits(policy.logits + s), ref, estimator).mean
+            for s in (shift, -shift)
+        )
+        differences[0, v] = (above - below) / (2 * step)
+    error = relative_error(differentiated, differences)
+    assert error > FALSE if estimator.claims.own_token else error < 1e-8
 
 
 @every_estimator
 def test_needs_claim(estimator, pair):
     policy, k = pair.policy, on_every_response(estimator, *pair)
-    sampled = torch.nn.functional.one_hot(policy.tokens, 4).bool()
+    sampled = torch.nn.functional.one_hot(policy.tokens, VOCAB_SIZE).bool()
     only_sampled = [torch.where(sampled, lm.policy_logp(), torch.nan) for lm in pair]
     blinded = estimator(*only_sampled, policy.tokens, policy.mask)
     if estimator.claims.needs == "token_logp":
@@ -109,6 +124,25 @@ def gradient_of_expected_k2(policy: TabularLM, ref: TabularLM) -> Tensor:
     return torch.autograd.grad((moving.response_logp().exp() * sums).sum(), logits)[0]
 
 
+def bucketed_kl(p: Tensor, q: Tensor) -> Tensor:
+    """D_KL of the head's tokens and one category for the rest, by sorting."""
+    order = p.detach().sort(descending=True).indices
+    p, q = (
+        torch.cat([x[..., :TOP_K], x[..., TOP_K:].sum(-1, keepdim=True)], -1)
+        for x in (p.gather(-1, order), q.gather(-1, order))
+    )
+    return reverse_token_kl(p, q)
+
+
+def gradient_of_expected_bucket(policy: TabularLM, ref: TabularLM) -> Tensor:
+    """∇E[Σ bucketed KL], through the distribution of the responses and through the KL."""
+    logits = policy.logits.clone().requires_grad_()
+    moving = policy.with_logits(logits)
+    k = bucketed_kl(moving.policy_logp().exp(), ref.policy_logp().exp())
+    sums = torch.where(policy.mask, k, 0.0).sum(1)
+    return torch.autograd.grad((moving.response_logp().exp() * sums).sum(), logits)[0]
+
+
 FOLLOWED_INSTEAD: dict[tuple[str, str], Callable[[TabularLM, TabularLM], Tensor]] = {
     ("k1", "loss"): lambda policy, ref: torch.zeros_like(policy.logits),
     ("k2", "reward"): lambda policy, ref: (
@@ -124,13 +158,22 @@ FOLLOWED_INSTEAD: dict[tuple[str, str], Callable[[TabularLM, TabularLM], Tensor]
         exact_gradient(policy, ref) - token_level_gradient(policy, ref, reverse_token_kl)
     ),
     ("rb", "loss"): lambda policy, ref: token_level_gradient(policy, ref, reverse_token_kl),
+    ("topk", "reward"): lambda policy, ref: (
+        exact_gradient(policy, ref) - token_level_gradient(policy, ref, reverse_token_kl)
+    ),
+    ("topk", "loss"): lambda policy, ref: token_level_gradient(policy, ref, reverse_token_kl),
+    ("topk_bucket", "reward"): lambda policy, ref: (
+        gradient_of_expected_bucket(policy, ref) - token_level_gradient(policy, ref, bucketed_kl)
+    ),
+    ("topk_bucket", "loss"): lambda policy, ref: token_level_gradient(policy, ref, bucketed_kl),
+    ("topk_bucket", "both"): gradient_of_expected_bucket,
 }
 """The statement of each `other_gradient`, as a formula."""
 
 
 @pytest.mark.parametrize(("name", "placement"), FOLLOWED_INSTEAD)
 def test_other_gradient_is_the_one_the_error_names(name, placement, pair):
-    followed = gradient_moments(*pair, get_estimator(name), placement).mean
+    followed = gradient_moments(*pair, CASES[name], placement).mean
     stated = FOLLOWED_INSTEAD[name, placement](*pair)
     torch.testing.assert_close(followed, stated, rtol=0, atol=1e-13)
 
@@ -252,6 +295,65 @@ def test_k3_misses_the_reference_mass_where_the_policy_has_none():
     torch.testing.assert_close(k3, exact_kl(policy, ref) - 0.5)
 
 
+# --- head and tail --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["topk", "topk_bucket"])
+def test_a_head_of_the_whole_vocabulary_is_rb(name, pair):
+    rb = get_estimator("rb")
+    for k in (VOCAB_SIZE, 100):
+        whole = replace(get_estimator(name), k=k)
+        expected = on_every_response(rb, *pair)
+        torch.testing.assert_close(on_every_response(whole, *pair), expected)
+        for placement in KLPlacement:
+            torch.testing.assert_close(
+                gradient_moments(*pair, whole, placement), gradient_moments(*pair, rb, placement)
+            )
+
+
+def test_a_larger_head_leaves_less_variance_and_a_tighter_bound(pair):
+    def with_head(name: str, k: int) -> Estimator:
+        return replace(get_estimator(name), k=k)
+
+    policy, ref = (TabularLM(lm.logits[:1], length=1) for lm in pair)
+    topk = [value_moments(policy, ref, with_head("topk", k)).variance for k in (1, 2, 3, 4)]
+    assert topk[3] < 1e-30
+    assert topk[3] < topk[2] < topk[1]
+    bounds = [value_moments(policy, ref, with_head("topk_bucket", k)).mean for k in (1, 2, 3)]
+    assert bounds[0] <= bounds[1] <= bounds[2]
+    torch.testing.assert_close(bounds[2], exact_kl(policy, ref))  # a tail of one token
+
+
+def test_topk_keeps_a_small_log_ratio_of_the_tail():
+    policy_logp = torch.tensor([[[0.5, 0.3, 0.2]]]).log()
+    ref_logp = policy_logp - torch.tensor([0.0, 0.0, 1e-13])
+    k = replace(get_estimator("topk"), k=1)(
+        policy_logp, ref_logp, torch.tensor([[2]]), torch.tensor([[True]])
+    )
+    assert k.item() == pytest.approx(1e-13, rel=1e-2)  # and not (1 + 1e-13) - 1
+
+
+@pytest.mark.parametrize("name", ["topk", "topk_bucket"])
+def test_tokens_that_the_policy_excludes_have_no_say(name):
+    policy_logp = torch.tensor([[[0.0, 0.0, -torch.inf, -torch.inf, -torch.inf]]])
+    policy_logp = policy_logp.log_softmax(-1).requires_grad_()
+    ref_logp = torch.tensor([[[0.2, 0.3, 0.5, 0.0, 0.0]]]).log()
+    for k in (2, 3):
+        estimate = replace(get_estimator(name), k=k)(
+            policy_logp, ref_logp, torch.tensor([[1]]), torch.tensor([[True]])
+        )
+        assert estimate.item() == pytest.approx(math.log(0.5) - math.log(0.2 * 0.3) / 2)
+        (gradient,) = torch.autograd.grad(estimate.sum(), policy_logp)
+        assert gradient[..., :2].isfinite().all()
+        assert not gradient[..., 2:].isnan().any()
+
+
+@pytest.mark.parametrize("name", ["topk", "topk_bucket"])
+def test_a_head_without_tokens_is_refused(name):
+    with pytest.raises(ValueError, match=r"k is 0; .* use k >= 1"):
+        replace(get_estimator(name), k=0)
+
+
 # --- variance of the value ------------------------------------------------------------------------
 
 
@@ -276,8 +378,10 @@ def test_unknown_estimator_is_refused_with_the_known_names():
         get_estimator("kl3")
 
 
-@every_estimator
-def test_estimators_are_found_by_their_name_and_cannot_be_changed(estimator):
-    assert get_estimator(estimator.name) is estimator
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_estimators_are_found_by_their_name_and_cannot_be_changed(name):
+    estimator = get_estimator(name)
+    assert estimator is ESTIMATORS[name]
+    assert estimator.name == name
     with pytest.raises(AttributeError):
         estimator.name = "other"

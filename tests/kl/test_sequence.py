@@ -54,6 +54,41 @@ def test_standard_error_is_the_spread_of_repeated_means(statistic):
     assert 0.92 < stated / spread < 1.08
 
 
+@pytest.mark.parametrize("statistic", ["per response", "per token"])
+def test_clustered_error_is_the_spread_of_means_over_prompts(statistic):
+    """2000 batches of 40 prompts with 4 responses, half of whose spread is the prompt's."""
+    k, mask = random_responses(2000 * 160)
+    prompt = torch.arange(2000 * 40).repeat_interleave(4)
+    k = k + 2 * random_responses(2000 * 40, seed=1)[0][prompt, :1]
+    results, naive = [], []
+    for rows in torch.arange(len(k)).split(160):
+        rows = rows[torch.randperm(160, generator=torch.Generator().manual_seed(0))]
+        batch, groups = (k[rows], mask[rows]), prompt[rows]
+        if statistic == "per response":
+            x = sequence_kl(*batch)
+            results.append(mean_and_stderr(x, groups))
+            naive.append(mean_and_stderr(x))
+        else:
+            results.append(per_token_mean_and_stderr(*batch, groups))
+            naive.append(per_token_mean_and_stderr(*batch))
+    spread = torch.stack([r.mean for r in results]).std()
+    stated, wrong = (
+        torch.stack([r.stderr for r in each]).square().mean().sqrt() for each in (results, naive)
+    )
+    assert 0.92 < stated / spread < 1.08
+    assert wrong / spread < 0.85  # as if the 160 were independent
+
+
+def test_groups_of_one_change_nothing_and_one_group_says_nothing():
+    k, mask = random_responses(7)
+    x, alone, together = sequence_kl(k, mask), torch.arange(7) * 3, torch.zeros(7).long()
+    torch.testing.assert_close(mean_and_stderr(x, alone), mean_and_stderr(x))
+    torch.testing.assert_close(
+        per_token_mean_and_stderr(k, mask, alone), per_token_mean_and_stderr(k, mask)
+    )
+    assert mean_and_stderr(x, together).stderr == math.inf
+
+
 def test_one_response_has_an_infinite_error_and_no_nan():
     k, mask = random_responses(1)
     for result in (mean_and_stderr(sequence_kl(k, mask)), per_token_mean_and_stderr(k, mask)):

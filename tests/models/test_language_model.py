@@ -7,8 +7,8 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from rlkl.models import (
     Critic,
-    linear_head,
     load_causal_lm,
+    output_head,
     position_ids,
     response_hidden,
 )
@@ -63,7 +63,7 @@ def test_hidden_states_are_those_before_each_token_with_and_without_padding(mode
 @torch.no_grad()
 def test_log_probs_equal_those_of_a_plain_forward_on_the_unpadded_sequence(model):
     ids, mask, _ = padded()
-    head = linear_head(model)
+    head = output_head(model)
     hidden = response_hidden(model, ids, mask, 3)
     logits = torch.nn.functional.linear(hidden, head.weight, head.bias)
     for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
@@ -98,16 +98,7 @@ def test_hidden_states_are_differentiable_in_the_model(lm):
 
 
 def test_the_head_is_the_models_own_not_a_copy(model):
-    assert linear_head(model).weight is model.get_output_embeddings().weight
-
-
-def test_a_head_with_an_adapter_is_refused(make_lm):
-    untied = make_lm(tie_word_embeddings=False)
-    adapted = get_peft_model(
-        untied, LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")
-    )
-    with pytest.raises(ValueError, match=r"leave lm_head out of the adapter's target_modules"):
-        linear_head(adapted)
+    assert output_head(model).weight is model.get_output_embeddings().weight
 
 
 def test_the_head_below_an_adapter_on_the_trunk_is_plain(lm):
@@ -115,22 +106,12 @@ def test_the_head_below_an_adapter_on_the_trunk_is_plain(lm):
     adapted = get_peft_model(
         lm, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
     )
-    assert linear_head(adapted).weight is weight
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [("final_logit_softcapping", 30.0), ("logit_scale", 0.5), ("logits_scaling", 8.0)],
-)
-def test_logits_that_are_capped_or_scaled_after_the_head_are_refused(lm, option, value):
-    setattr(lm.config, option, value)
-    with pytest.raises(ValueError, match=option):
-        linear_head(lm)
+    assert output_head(adapted).weight is weight
 
 
 def test_something_that_is_no_language_model_is_refused():
     with pytest.raises(ValueError, match="a transformers causal LM is needed, not Linear"):
-        linear_head(torch.nn.Linear(2, 2))
+        output_head(torch.nn.Linear(2, 2))
 
 
 # --- loading ------------------------------------------------------------------------------------

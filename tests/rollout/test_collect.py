@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from reward_models import LexiconReward
-from rlkl.models import Critic, linear_head
+from rlkl.models import Critic, output_head
 from rlkl.rollout import (
     Responses,
     Rollout,
@@ -121,7 +121,7 @@ def test_the_adapters_reference_is_the_base_model(lm, make_lm, responses):
 
 def test_reference_hidden_states_give_back_the_references_logits(lm, ref, responses):
     record = token_statistics(lm, ref, responses)
-    logits = record.ref_hidden @ linear_head(ref).weight.T
+    logits = record.ref_hidden @ output_head(ref).weight.T
     logp = logits.log_softmax(-1).gather(2, responses.tokens[..., None]).squeeze(2)
     real = responses.mask
     torch.testing.assert_close(logp[real], record.ref_logp[real], atol=1e-5, rtol=1e-5)

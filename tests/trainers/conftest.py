@@ -92,11 +92,11 @@ def gradient() -> Callable[..., torch.Tensor]:
     """The gradient that one minibatch leaves on the policy, as one vector."""
 
     def measure(
-        trainer: PPOTrainer, rollout: Rollout, rows: torch.Tensor, *channels
+        trainer: PPOTrainer, rollout: Rollout, rows: torch.Tensor, *channels, **options
     ) -> torch.Tensor:
         trainer.model.zero_grad()
         trainer.critic.zero_grad()
-        trainer.accumulate_gradient(rollout, rows, *channels)
+        trainer.accumulate_gradient(rollout, rows, *channels, **options)
         return flat_gradient(trainer.model)
 
     return measure

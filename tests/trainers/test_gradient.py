@@ -156,8 +156,8 @@ def test_the_two_trainers_follow_these_gradients_by_default(make_pure_trainer):
 class Recording(PPOTrainer):
     """Keeps its last rollout."""
 
-    def rollout(self, *args, **kwargs):
-        self.last_rollout = super().rollout(*args, **kwargs)
+    def measure(self, *args, **kwargs):
+        self.last_rollout = super().measure(*args, **kwargs)
         return self.last_rollout
 
 
@@ -241,3 +241,78 @@ def test_the_value_loss_moves_the_critic_towards_the_returns(
     # d/db of mean ½ (b − R)² at b = 0 is minus the mean return
     bias = float(trainer.critic.head.bias.grad)
     assert bias == pytest.approx(-float(returns[real].mean()), rel=1e-4)
+
+
+def later_update_gradient(trainer, responses, gradient, **options) -> torch.Tensor:
+    """Σ_y π_old(y) of the gradient of y's own loss, after the policy has moved from π_old."""
+    rollout = measured(trainer, responses)
+    channels = trainer.advantages(rollout, {})
+    lengths = responses.mask.sum(1)
+    probability = rollout.tokens.policy_logp.double().sum(1).exp()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.05 * noise)
+    return sum(
+        probability[i]
+        * lengths[i]
+        * gradient(trainer, rollout, torch.tensor([i]), *channels, **options)
+        for i in range(len(responses))
+    )
+
+
+@pytest.mark.parametrize(
+    ("estimator", "placement"), [("rb", "both"), ("k1", "reward"), ("k1", "both"), ("k3", "both")]
+)
+def test_a_later_update_with_prefix_weights_follows_the_kl_of_the_policy_as_it_is(
+    make_pure_trainer, responses, gradient, estimator, placement
+):
+    """No reward, so that the whole gradient is the KL's; without weights it is another one."""
+    errors = {}
+    for kl_off_policy in ("none", "prefix", "prefix_truncated"):
+        trainer = make_pure_trainer(
+            kl_estimator=estimator,
+            kl_placement=placement,
+            kl_off_policy=kl_off_policy,
+            kl_weight_bound=1.05,
+            reward_funcs=lambda prompts, texts: torch.zeros(len(texts)),
+        )
+        ours = later_update_gradient(
+            trainer, responses, gradient, off_policy=kl_off_policy != "none"
+        )
+        _, kl_part = true_gradients(trainer, responses)
+        truth = trainer.args.kl_coef * kl_part
+        errors[kl_off_policy] = float((ours - truth).norm() / truth.norm())
+    assert errors["prefix"] < 1e-4
+    assert min(errors["none"], errors["prefix_truncated"]) > 1e-2
+
+
+@pytest.mark.parametrize(("estimator", "placement"), [("rb", "both"), ("k1", "reward")])
+def test_where_the_policy_has_not_moved_prefix_weights_change_nothing(
+    make_pure_trainer, responses, gradient, estimator, placement
+):
+    trainer = make_pure_trainer(
+        kl_estimator=estimator, kl_placement=placement, kl_off_policy="prefix", lam=0.9
+    )
+    rollout, rows = measured(trainer, responses), torch.arange(len(responses))
+    channels = trainer.advantages(rollout, {})
+    plain, weighted = (
+        gradient(trainer, rollout, rows, *channels, off_policy=flag) for flag in (False, True)
+    )
+    assert float((weighted - plain).norm() / plain.norm()) < 1e-6
+
+
+def test_a_clipped_token_keeps_its_kl_gradient(make_pure_trainer, responses, gradient):
+    """Clipping is for the score: the KL of the policy as it is stays exact with a tight ε."""
+    trainer = make_pure_trainer(
+        kl_estimator="rb",
+        kl_placement="both",
+        kl_off_policy="prefix",
+        cliprange=1e-9,
+        reward_funcs=lambda prompts, texts: torch.zeros(len(texts)),
+    )
+    ours = later_update_gradient(trainer, responses, gradient, off_policy=True)
+    _, kl_part = true_gradients(trainer, responses)
+    truth = trainer.args.kl_coef * kl_part
+    assert float((ours - truth).norm() / truth.norm()) < 1e-4

@@ -55,6 +55,10 @@ def test_an_estimator_that_does_not_fit_the_default_placement_is_refused(make_tr
     ("changes", "complaint"),
     [
         ({"kl_estimator": "k4"}, "estimator 'k4' is unknown; use one of k1, k2, k3, rb"),
+        (
+            {"kl_estimator": "topk", "kl_placement": "both"},
+            "kl_estimator is topk, which is for measuring: train with rb",
+        ),
         ({"kl_placement": "here"}, "placement 'here' is unknown; use 'reward', 'loss' or 'both'"),
         ({"kl_coef": -0.1}, "kl_coef is -0.1; it must be >= 0"),
         ({"kl_coef": float("nan")}, "nan"),
@@ -103,3 +107,15 @@ def test_a_reward_model_that_fails_is_named_by_its_value(make_trainer):
 
     with pytest.raises(ValueError, match="the reward model gave nan for"):
         make_trainer(reward_funcs=broken).train()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kl_off_policy": "suffix"}, "'suffix'; use none, prefix or prefix_truncated"),
+        ({"kl_weight_bound": 0.5}, r"kl_weight_bound is 0\.5; it must be at least 1"),
+    ],
+)
+def test_off_policy_settings_that_mean_nothing_are_refused(make_trainer, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**changes)

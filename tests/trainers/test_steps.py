@@ -321,3 +321,24 @@ def test_averaging_adds_standard_errors_in_squares():
         [{"x": 1.0, "x_se": 3.0, "episode": 8}, {"x": 3.0, "x_se": 4.0, "episode": 16}]
     )
     assert merged == {"x": 2.0, "x_se": 2.5, "episode": 16}
+
+
+@pytest.mark.parametrize("kl_off_policy", ["prefix", "prefix_truncated"])
+def test_later_updates_by_prefix_weights_log_how_much_the_weights_say(
+    make_trainer, steps, kl_off_policy
+):
+    settings = {"kl_estimator": "rb", "kl_placement": "both", "num_ppo_epochs": 3, "max_steps": 2}
+    trainer = make_trainer(kl_off_policy=kl_off_policy, learning_rate=1e-2, **settings)
+    trainer.train()
+    for log in steps(trainer):
+        assert 0 < log["val/ess_fraction"] < 1
+        assert 0 <= log["val/truncated_fraction"] < 1
+        assert log["val/first_ratio_error"] == 0
+
+
+def test_one_update_of_a_rollout_has_every_weight_one(make_trainer, steps):
+    trainer = make_trainer(num_ppo_epochs=1, max_steps=1)
+    trainer.train()
+    (log,) = steps(trainer)
+    assert log["val/ess_fraction"] == 1
+    assert log["val/truncated_fraction"] == 0

@@ -1,8 +1,11 @@
 """The sweep over chunks: logits, statistics, gradient of the logits, and back."""
 
+import importlib
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Self
 
 import torch
@@ -22,15 +25,29 @@ from rlkl.kl.fused.heads import (
 from rlkl.kl.fused.records import TokenLogp, TokenStats
 from rlkl.kl.fused.workers import Workers
 
-# A chunk holds about this many logits of each model (26 MB in float32), within these rows.
-_CHUNK_ELEMENTS = 6_500_000
-_CHUNK_ROWS = (64, 512)
+# A chunk holds about this many logits of each model (33 MB in float32), within these rows. Fewer
+# rows make the products slower: each chunk reads the whole head and adds to its whole gradient.
+_CHUNK_ELEMENTS = 8_200_000
+_CHUNK_ROWS = (96, 512)
 # Element-wise passes run on blocks of this many logits: four float32 blocks fit a 2 MB cache.
 _BLOCK_ELEMENTS = 98_304
 # Above this t, p may have underflowed where the reference still has mass.
 _MAX_T = 60.0
 # Stands for probabilities that underflow where they must carry a gradient.
 _SMALLEST_P = 1e-30
+
+
+def default_chunk_size(vocab: int) -> int:
+    """Tokens of a chunk, for a vocabulary of this size."""
+    rows = _CHUNK_ELEMENTS // vocab // 16 * 16
+    return min(max(rows, _CHUNK_ROWS[0]), _CHUNK_ROWS[1])
+
+
+def _row_kernels(device: torch.device) -> ModuleType | None:
+    """The passes over rows as Triton kernels: on a GPU, where Triton is installed."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("rlkl.kl.fused.triton_rows")
 
 
 @dataclass(frozen=True)
@@ -94,7 +111,7 @@ class Problem:
             for hidden, head in models.values()
         ]
         if chunk_size is None:
-            chunk_size = min(max(_CHUNK_ELEMENTS // vocab, _CHUNK_ROWS[0]), _CHUNK_ROWS[1])
+            chunk_size = default_chunk_size(vocab)
         chunk_size = min(chunk_size, max(tokens.shape[0], 1))
         ref_product = products[1] if len(products) == 2 else None
         return cls(products[0], ref_product, tokens, chunk_size, divergence)
@@ -159,7 +176,10 @@ class Chunk:
         block = max(1, _BLOCK_ELEMENTS // vocab) if device.type == "cpu" else size
         self.blocks = [slice(i, i + block) for i in range(0, size, block)]
         scratch = 2 if problem.divergence.read is None else 3
-        self.scratch = empty(workers.count, scratch, min(block, size), vocab)
+        self.kernels = _row_kernels(device)
+        # Kernels need no scratch, but for the divergences that they do not have.
+        scratch_rows = 0 if self.kernels is not None and scratch == 2 else min(block, size)
+        self.scratch = empty(workers.count, scratch, scratch_rows, vocab)
 
     def _each_block(self, work: Callable[[slice, Tensor], None]) -> None:
         """Run `work` on every block of rows, with scratch blocks of its shape."""
@@ -179,11 +199,12 @@ class Chunk:
         slope = None if self.slope is None else self.slope[:n]
         problem.policy.logits(rows, self.p[:n], slope)
         token_logit = self.p[:n].gather(1, self.tokens)
-        if problem.ref is None:
-            self._each_block(self._policy_pass)
-        else:
+        if problem.ref is not None:
             problem.ref.logits(rows, self.t[:n])
-            self._each_block(self._joint_pass)
+        if self.kernels is not None:
+            self._kernel_pass(self.kernels, n)
+        else:
+            self._each_block(self._policy_pass if problem.ref is None else self._joint_pass)
         forbidding = self.a_sum[:n, 0].isnan().nonzero()[:, 0]  # −inf logits: 0 · log 0 = 0
         for index in forbidding.split(_CHUNK_ROWS[0]):
             p = self.p[index]
@@ -195,8 +216,10 @@ class Chunk:
             values = logp, entropy
         else:
             kl = self._kl(slice(0, n))
-            ref_logp = logp + self.t_token[:n] - kl
-            if problem.divergence.read is not None:
+            if problem.divergence.read is None:
+                ref_logp = logp + self.t[:n].gather(1, self.tokens) - kl
+            else:
+                ref_logp = logp + self.t_token[:n] - kl
                 kl = self.other[:n]
             far = ~(self.t_max[:n] < _MAX_T)[:, 0]  # also where it is NaN
             for index in far.nonzero()[:, 0].split(_CHUNK_ROWS[0]):
@@ -220,16 +243,27 @@ class Chunk:
         mean = torch.sum(torch.mul(p, t, out=x), 1, keepdim=True, out=self.t_mean[block])
         t.sub_(mean.div_(self.p_sum[block]))
         torch.amax(t, 1, keepdim=True, out=self.t_max[block])
-        torch.gather(t, 1, self.tokens[block], out=self.t_token[block])
         torch.exp(t, out=x)
         # expm1(t) = tanh(t/2)(eᵗ + 1) keeps every digit near 0, in a quarter of expm1's time.
         torch.mul(t, 0.5, out=y).tanh_().addcmul_(y, x).sub_(t)
         torch.sum(y.mul_(p), 1, keepdim=True, out=self.phi_sum[block])
-        if (read := self.problem.divergence.read) is not None:
-            rows = Rows(
-                p, self.p_sum[block], t, self._kl(block), self.tokens[block], tuple(scratch)
-            )
-            self.other[block] = read(rows, self.differentiate)
+        self._other_pass(block, scratch)
+
+    def _kernel_pass(self, kernels: ModuleType, n: int) -> None:
+        t = None if self.problem.ref is None else self.t[:n]
+        names = ("peak", "p_sum", "a_sum", "t_mean", "t_max", "phi_sum")
+        kernels.read_rows(self.p[:n], t, {name: getattr(self, name) for name in names})
+        if t is not None:
+            self._each_block(self._other_pass)
+
+    def _other_pass(self, block: slice, scratch: Tensor) -> None:
+        """The divergence asked for, if it is not D_KL(policy ‖ ref)."""
+        if (read := self.problem.divergence.read) is None:
+            return
+        p, t, tokens = self.p[block], self.t[block], self.tokens[block]
+        self.t_token[block] = t.gather(1, tokens)  # t itself is overwritten
+        rows = Rows(p, self.p_sum[block], t, self._kl(block), tokens, tuple(scratch))
+        self.other[block] = read(rows, self.differentiate)
 
     def _kl(self, block: slice) -> Tensor:
         """D_KL(policy ‖ ref) [n, 1] of rows that were read."""
@@ -278,6 +312,13 @@ class Chunk:
             constant -= g_entropy[:, None] * (stats[-1][:, None] - p_sum.log())
         constant /= p_sum
         scattered = None if g_logp is None else g_logp[:, None].to(p_sum.dtype)
+        slope = None if self.slope is None else self.slope[:n]
+        if self.kernels is not None:
+            t = None if t_slope is None else self.t[:n]
+            self.kernels.gradient_rows(
+                self.p[:n], t, slope, self.tokens, constant, t_slope, log_slope, scattered
+            )
+            return self.p[:n]
 
         def work(block: slice, scratch: Tensor) -> None:
             p = self.p[block]
@@ -288,12 +329,14 @@ class Chunk:
                 log_p = _log(p, out=scratch[0])
                 factor = log_p.mul_(log_slope[block]).add_(factor)
             p.mul_(factor)
-            if scattered is not None:
-                p.scatter_add_(1, self.tokens[block], scattered[block])
-            if self.slope is not None:
-                p.mul_(self.slope[block])
+            if slope is not None:
+                p.mul_(slope[block])
 
         self._each_block(work)
+        if scattered is not None:
+            if slope is not None:
+                scattered = scattered * slope.gather(1, self.tokens)
+            self.p[:n].scatter_add_(1, self.tokens, scattered)
         return self.p[:n]
 
 

@@ -158,7 +158,11 @@ def _forward_reverse(
 
 
 def _adaptive(rows: Rows, expm1: Tensor, mass: float, rule: str) -> Tensor:
-    """The weight [n, 1] of forward KL: the head's share of Σ |q − p|."""
+    """The weight [n, 1] of forward KL: the head's share of Σ |q − p|.
+
+    Tokens of equal probability are in any order here: q comes of p eˢ, where ties are broken by
+    rounding.
+    """
     gap = torch.mul(rows.p, expm1, out=rows.scratch[2]).abs_()
     total = gap.sum(1, keepdim=True)
     q = rows.scratch[0].mul_(rows.p)  # unnormalised as p is; eˢ is restored below
@@ -170,8 +174,8 @@ def _adaptive(rows: Rows, expm1: Tensor, mass: float, rule: str) -> Tensor:
             break
         if k < vocab:
             likely, order = q[todo].topk(k, 1)
-        else:  # tokens of equal probability in the order of their ids, as in rlkl.kl.adaptive
-            likely, order = q[todo].sort(dim=1, descending=True, stable=True)
+        else:
+            likely, order = q[todo].sort(dim=1, descending=True)
         likely = likely / rows.p_sum[todo]
         cumulative = likely.cumsum(1)
         in_head = cumulative <= mass if rule == "within" else cumulative - likely < mass

@@ -1,0 +1,342 @@
+"""Time and memory of the exact token KL from hidden states, beside other ways to have it.
+
+    python recipes/benchmarks/fused_kl.py                             # 1 thread, 2048x50257x768
+    python recipes/benchmarks/fused_kl.py --threads 2 --neighbour 2   # beside busy processes
+    python recipes/benchmarks/fused_kl.py --only naive fused --shapes 512x4096x256
+
+Every measurement is a fresh process (fused_kl_worker.py); a round runs every variant once, so that
+a slow minute of the machine hits all of them. Ratios are medians over rounds of ratios within a
+round; those of time are of CPU seconds with one thread and no neighbour, else of wall seconds.
+
+Every measurement is appended to measurements.jsonl with the machine's description; the table and
+time_and_memory.png are made from those of this run. Linux only: the peak of memory is the system's
+count of the process's resident memory.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("fused_kl_worker.py")
+VARIANTS = [
+    "naive",
+    "fused",
+    "bare_products",
+    "fused_sampled",
+    "fused_recompute",
+    "compiled",
+    "trl",
+]
+MORE = ["naive_sampled", "liger"]
+LABELS = {
+    "naive": "naive torch",
+    "naive_sampled": "naive torch, sampled KL",
+    "compiled": "naive, torch.compile",
+    "fused": "rlkl, one pass",
+    "fused_recompute": "rlkl, any later loss",
+    "fused_sampled": "rlkl, sampled KL",
+    "bare_products": "its matrix products alone",
+    "trl": "TRL ChunkedDivergence",
+    "liger": "Liger chunked JSD",
+}
+
+
+class Ratio(NamedTuple):
+    """A quantity of one variant over that of another, and how small it is meant to be."""
+
+    title: str
+    variant: str
+    over: str
+    gradient: bool
+    field: str
+    goal: float
+
+
+RATIOS = [
+    Ratio("memory with gradient, over naive", "fused", "naive", True, "memory_mb", 0.11),
+    Ratio("time with gradient, over naive", "fused", "naive", True, "time", 0.70),
+    Ratio("time with gradient, over its products", "fused", "bare_products", True, "time", 1.15),
+    Ratio("value only: time over naive", "fused", "naive", False, "time", 0.60),
+    Ratio("value only: memory over naive", "fused", "naive", False, "memory_mb", 0.05),
+    Ratio("exact over sampled, with gradient", "fused", "fused_sampled", True, "time", 1.05),
+    Ratio("exact over sampled, value only", "fused", "fused_sampled", False, "time", 1.05),
+    Ratio("time with gradient, over TRL", "fused", "trl", True, "time", 0.5),
+    Ratio("memory with gradient, over TRL", "fused", "trl", True, "memory_mb", 0.1),
+    Ratio("PPO step, exact fused over sampled naive", "ppo_fused", "ppo_naive", True, "time", 0.95),
+]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shapes", nargs="+", default=["2048x50257x768"], help="tokens x vocabulary x width"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="threads of every variant")
+    parser.add_argument("--rounds", type=int, default=3, help="times that every variant is run")
+    parser.add_argument(
+        "--only", nargs="+", choices=VARIANTS + MORE, default=VARIANTS, help="variants to measure"
+    )
+    parser.add_argument(
+        "--value_only", action="store_true", help="only without gradient (default: both)"
+    )
+    parser.add_argument(
+        "--gradient_only", action="store_true", help="only with gradient (default: both)"
+    )
+    parser.add_argument(
+        "--ppo", action="store_true", help="also whole PPO steps (384 tokens, 4 epochs, width 256)"
+    )
+    parser.add_argument(
+        "--neighbour", type=int, default=0, help="busy processes beside every measurement"
+    )
+    parser.add_argument(
+        "--liger_python", type=Path, help="interpreter of an environment that has liger-kernel"
+    )
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/fused_kl"))
+    args = parser.parse_args()
+    if args.rounds < 1 or args.threads < 1 or args.neighbour < 0:
+        parser.error("--rounds and --threads must be at least 1, --neighbour at least 0")
+    if args.value_only and args.gradient_only:
+        parser.error("--value_only and --gradient_only exclude each other")
+    try:
+        args.shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
+    except ValueError:
+        parser.error(f"--shapes {' '.join(args.shapes)}: write tokens x vocabulary x width, 8x9x7")
+    if any(len(shape) != 3 or min(shape) < 1 for shape in args.shapes):
+        parser.error("--shapes: three positive numbers each, as 2048x50257x768")
+    if not Path("/proc/self/clear_refs").exists():
+        parser.error("this needs Linux (/proc) to measure the peak of memory")
+    return args
+
+
+def machine() -> dict[str, Any]:
+    """What a reader needs to judge the seconds."""
+    lines = [
+        x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")
+    ]
+    return {
+        "cpu": lines[0].partition(":")[2].strip() if lines else platform.machine(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+@contextlib.contextmanager
+def neighbours(count: int) -> Iterator[None]:
+    """Busy processes: each multiplies matrices on one thread."""
+    busy = "import torch; torch.set_num_threads(1); x = torch.randn(1024, 1024)\nwhile True: x @ x"
+    processes = [subprocess.Popen([sys.executable, "-c", busy]) for _ in range(count)]
+    try:
+        time.sleep(3 if count else 0)  # until they are busy
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def run_worker(python: Path, spec: dict[str, Any]) -> dict[str, Any]:
+    """One process's measurement beside its settings; an error in place of it if it failed."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(spec["threads"]),
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    load = os.getloadavg()[0]
+    done = subprocess.run(
+        [str(python), "-W", "ignore", str(WORKER), json.dumps(spec)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return spec | {"error": last}
+    return spec | {"load_before": load} | json.loads(done.stdout.splitlines()[-1])
+
+
+def plan(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The measurements of one round."""
+    passes = [True] * (not args.value_only) + [False] * (not args.gradient_only)
+    specs = [
+        {"variant": variant, "n": n, "vocab": vocab, "width": width, "gradient": gradient}
+        for n, vocab, width in args.shapes
+        for gradient in passes
+        for variant in args.only
+    ]
+    if args.ppo:
+        specs += [
+            {"variant": variant, "n": 384, "vocab": 50257, "width": 256, "gradient": True}
+            for variant in ("ppo_naive", "ppo_fused")
+        ]
+    return [spec | {"threads": args.threads, "neighbours": args.neighbour} for spec in specs]
+
+
+def measure(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    """All rounds; every measurement is written as it comes, and Ctrl-C keeps those made."""
+    specs, records = plan(args), []
+    failed: dict[str, str] = {}
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    with (
+        (args.output_dir / "measurements.jsonl").open("a") as file,
+        neighbours(args.neighbour),
+        Progress(transient=True, console=console) as progress,
+        contextlib.suppress(KeyboardInterrupt),
+    ):
+        bar = progress.add_task("", total=args.rounds * len(specs))
+        for number in range(args.rounds):
+            for spec in specs:
+                variant = spec["variant"]
+                progress.update(bar, description=variant, advance=0)
+                if variant not in failed:
+                    liger = variant == "liger" and args.liger_python is not None
+                    python = args.liger_python if liger else Path(sys.executable)
+                    record = run_worker(python, spec | {"round": number})
+                    file.write(json.dumps(record | {"machine": machine()}) + "\n")
+                    file.flush()
+                    if "error" in record:
+                        failed[variant] = record["error"]
+                    else:
+                        records.append(record)
+                progress.advance(bar)
+    for variant, error in failed.items():
+        console.print(f"{LABELS.get(variant, variant)} could not be measured: {error}")
+    return records
+
+
+def of(records: list[dict[str, Any]], **settings: Any) -> list[dict[str, Any]]:
+    return [record for record in records if settings.items() <= record.items()]
+
+
+def ratio(records: list[dict[str, Any]], wanted: Ratio, **settings: Any) -> list[float]:
+    """The ratio within each round that has both; "time" is the CPU's where one thread has it."""
+    found, field = [], wanted.field
+    if field == "time":
+        alone = all(r["threads"] == 1 and not r["neighbours"] for r in records)
+        field = "cpu" if alone else "wall"
+    for record in of(records, variant=wanted.variant, gradient=wanted.gradient, **settings):
+        for other in of(
+            records,
+            variant=wanted.over,
+            gradient=wanted.gradient,
+            round=record["round"],
+            **settings,
+        ):
+            found.append(record[field] / other[field])
+    return found
+
+
+def shapes_of(records: list[dict[str, Any]]) -> list[tuple[int, int, int]]:
+    return list(dict.fromkeys((r["n"], r["vocab"], r["width"]) for r in records))
+
+
+def tables(records: list[dict[str, Any]]) -> Iterator[Table]:
+    for n, vocab, width in shapes_of(records):
+        shape = {"n": n, "vocab": vocab, "width": width}
+        here = of(records, **shape)
+        title = f"{n} × {vocab} × {width}, {here[0]['threads']} thread(s)"
+        if here[0]["neighbours"]:
+            title += f", {here[0]['neighbours']} busy neighbour(s)"
+        table = Table(title=title)
+        for name in ("", "gradient", "seconds", "CPU s", "MB", "time ÷ naive", "memory ÷ naive"):
+            table.add_column(name, justify="left" if not name else "right")
+        for gradient in (True, False):
+            for variant in dict.fromkeys(r["variant"] for r in of(here, gradient=gradient)):
+                rows = of(here, variant=variant, gradient=gradient)
+                base = "ppo_naive" if variant.startswith("ppo_") else "naive"
+                cells = [
+                    f"{statistics.median(r[field] for r in rows):.{digits}f}"
+                    for field, digits in (("wall", 2), ("cpu", 2), ("memory_mb", 0))
+                ]
+                for field in ("time", "memory_mb"):
+                    found = ratio(here, Ratio("", variant, base, gradient, field, 0))
+                    cells.append(f"{statistics.median(found):.2f}" if found else "")
+                table.add_row(LABELS.get(variant, variant), "yes" if gradient else "no", *cells)
+        yield table
+        goals = Table(title="goals")
+        for name in ("ratio", "goal", "measured", "least–most", ""):
+            goals.add_column(name, justify="left" if name in ("", "ratio") else "right")
+        for wanted in RATIOS:
+            if found := ratio(here, wanted):
+                middle = statistics.median(found)
+                goals.add_row(
+                    wanted.title,
+                    f"≤ {wanted.goal}",
+                    f"{middle:.3f}",
+                    f"{min(found):.3f}–{max(found):.3f}",
+                    "met" if middle <= wanted.goal else "not met",
+                )
+        yield goals
+
+
+def plot(records: list[dict[str, Any]], path: Path) -> None:
+    """Seconds and memory of every variant, with gradient, by shape."""
+    shapes = shapes_of([r for r in records if not r["variant"].startswith("ppo_")])
+    if not shapes:
+        return
+    figure, axes = plt.subplots(
+        len(shapes), 2, figsize=(9, 0.8 + 2.6 * len(shapes)), squeeze=False, layout="constrained"
+    )
+    for row, (n, vocab, width) in zip(axes, shapes, strict=True):
+        here = of(records, n=n, vocab=vocab, width=width)
+        names = [v for v in LABELS if of(here, variant=v)][::-1]
+        for axis, field, label in zip(row, ("wall", "memory_mb"), ("seconds", "MB"), strict=True):
+            for gradient, colour, shift in ((True, "#1f6f8b", 0.2), (False, "#c4a35a", -0.2)):
+                rows = [of(here, variant=v, gradient=gradient) for v in names]
+                values = [
+                    statistics.median(r[field] for r in found) if found else 0 for found in rows
+                ]
+                label_of = "with gradient" if gradient else "value only"
+                if any(values):
+                    places = [i + shift for i in range(len(names))]
+                    axis.barh(places, values, 0.38, color=colour, label=label_of)
+            axis.set_yticks(range(len(names)), [LABELS[v] for v in names])
+            axis.set_xlabel(label)
+            axis.spines[["top", "right"]].set_visible(False)
+        row[0].set_title(f"{n} tokens, vocabulary {vocab}, width {width}", loc="left", fontsize=10)
+        row[1].set_yticklabels([])
+    axes[0, 1].legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    args = parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    begin = time.perf_counter()
+    records = measure(args, console)
+    if not records:
+        raise SystemExit("nothing was measured")
+    for table in tables(records):
+        console.print(table)
+    plot(records, args.output_dir / "time_and_memory.png")
+    busy = max(record["load_before"] for record in records)
+    if not args.neighbour and busy > (os.cpu_count() or 1) / 2 + 1:
+        console.print(f"The machine was busy (load up to {busy:.1f}): ratios are scattered.")
+    console.print(machine())
+    console.print(f"{time.perf_counter() - begin:.0f} s; kept in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The single pass: its gradients, its memory, its threads, and what it refuses."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rlkl.kl import (
+    TokenStats,
+    fused_token_loss,
+    fused_token_stats,
+)
+from tests.kl.fused.cases import (
+    assert_close,
+    combine,
+    gradients,
+    make,
+    naive,
+    weights,
+)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the size of the largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_no_tensor_is_larger_than_the_logits_of_a_chunk():
+    torch.set_num_threads(1)
+    case, chunk_size = make(n=200, vocab=101), 16
+    policy, leaves = case.leaves()
+    with LargestTensor() as fused:
+        loss, _ = fused_token_loss(
+            combine, *policy.positional, *weights(200), **policy.bias, chunk_size=chunk_size
+        )
+        gradients(loss, leaves)
+        stats = fused_token_stats(*policy.positional, **policy.bias, chunk_size=chunk_size)
+        gradients(stats.kl.sum(), leaves)
+    assert fused.numel == 2 * chunk_size * 101  # both models, whatever the number of tokens
+    with LargestTensor() as whole:
+        naive(case)
+    assert whole.numel == 200 * 101
+
+
+def test_loss_backward_scales_by_the_upstream_scalar_and_only_once():
+    case, w = make(), weights(29)
+    policy, leaves = case.leaves()
+    loss, stats = fused_token_loss(combine, *policy.positional, *w, **policy.bias)
+    assert not any(x.requires_grad for x in stats)
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    thrice = torch.autograd.grad(3 * loss, leaves)
+    assert_close(thrice, [3 * x for x in once], 1e-14, 1e-14)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_loss_under_no_grad_is_the_value_alone():
+    case, w = make(), weights(29)
+    policy, _ = case.leaves()
+    with torch.no_grad():
+        loss, _ = fused_token_loss(combine, *policy.positional, *w, **policy.bias)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, combine(naive(case), *w))
+
+
+def test_a_loss_that_ignores_the_statistics_of_a_chunk_has_no_gradient_there():
+    case = make()
+    policy, leaves = case.leaves()
+    first = torch.arange(29) < 10
+
+    def loss_fn(stats: TokenStats, mask: Tensor) -> Tensor:
+        return stats.kl[mask].sum() if mask.any() else torch.zeros(())
+
+    loss, stats = fused_token_loss(loss_fn, *policy.positional, first, **policy.bias, chunk_size=10)
+    hidden_gradient, *_ = gradients(loss, leaves)
+    assert torch.allclose(loss, stats.kl[:10].sum())
+    assert (hidden_gradient[:10] != 0).any()
+    assert (hidden_gradient[10:] == 0).all()
+
+
+def test_threads_are_left_as_they_were_and_inference_mode_works(threads):
+    case = make()
+    with torch.inference_mode():
+        stats = fused_token_stats(*case.positional, **case.bias, chunk_size=10)
+    assert_close(stats, naive(case), 1e-11, 1e-11)
+    assert torch.get_num_threads() == threads
+
+
+BAD = {
+    "temperature": {"temperature": 0.0},
+    "chunk_size": {"chunk_size": 0},
+    "vocab_size": {"vocab_size": 102},
+    "gemm_dtype": {"gemm_dtype": torch.float16},
+    "CPU": {"gemm_dtype": torch.bfloat16},  # with float64 inputs
+    "policy_bias": {"policy_bias": torch.zeros(3)},
+    "pass vocab_size": {"ref_head": torch.zeros(103, 11)},
+    "ref_hidden": {"ref_hidden": torch.zeros(29, 12)},
+    "tokens": {"tokens": torch.full((29,), 101)},
+}
+
+
+@pytest.mark.parametrize("named", BAD)
+def test_bad_arguments_are_refused_by_name(named):
+    case = make()
+    names = ("policy_hidden", "policy_head", "ref_hidden", "ref_head", "tokens")
+    arguments = dict(zip(names, case.positional, strict=True)) | BAD[named]
+    with pytest.raises(ValueError, match=named):
+        fused_token_stats(**arguments)
+
+
+def test_bad_losses_are_refused_by_name():
+    case = make()
+
+    def loss(loss_fn, *per_token):
+        return fused_token_loss(loss_fn, *case.positional, *per_token)
+
+    with pytest.raises(ValueError, match=r"per_token\[0\] has shape \(28,\)"):
+        loss(combine, torch.zeros(28))
+    with pytest.raises(ValueError, match="detach"):
+        loss(combine, torch.zeros(29, requires_grad=True))
+    with pytest.raises(ValueError, match="return the sum"):
+        loss(lambda stats: stats.kl)

@@ -1,0 +1,156 @@
+"""Zero is zero, small is small, far apart is finite, and nothing is rounded unasked."""
+
+import pytest
+import torch
+
+from rlkl.kl import (
+    fused_token_logp,
+    fused_token_loss,
+    fused_token_stats,
+)
+from tests.kl.fused.cases import (
+    Case,
+    assert_close,
+    combine,
+    gradients,
+    make,
+    naive,
+    shifted,
+    weights,
+)
+
+
+@pytest.mark.parametrize("gemm_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_identical_models_have_exactly_zero_kl_and_gradient(dtype, gemm_dtype):
+    case = make(n=64, vocab=503)
+    case = case._replace(ref_hidden=case.policy_hidden, ref_head=case.policy_head)
+    for forbidden in (0, 5):
+        case.policy_bias[:forbidden] = -torch.inf
+        tokens = case.tokens.clamp(min=forbidden)
+        same = case._replace(ref_bias=case.policy_bias, tokens=tokens).to(dtype)
+        policy, leaves = same.leaves()
+        stats = fused_token_stats(
+            *policy.positional, **policy.bias, temperature=0.7, gemm_dtype=gemm_dtype
+        )
+        assert (stats.kl == 0).all()
+        assert (stats.policy_logp == stats.ref_logp).all()
+        assert all((x == 0).all() for x in gradients(stats.kl.sum(), leaves))
+
+
+@pytest.mark.parametrize("size", [3e-2, 3e-3, 5e-4])
+def test_small_kl_keeps_its_digits_where_the_direct_formula_has_none(size):
+    # Multiples of powers of two, small enough that float32 logits are exact: what is left is ours.
+    case = make(n=64, vocab=997, hidden=4)
+    hidden = (case.policy_hidden * 4).round().clamp(-8, 8)
+    head = (case.policy_head * 64).round() / 512
+    ref_head = shifted(case, size / 2**2).ref_head - case.policy_head
+    ref_head = head + (ref_head * 2**17).round() / 2**17
+    bias = torch.zeros(997)
+    case = Case(hidden, head, bias, hidden, ref_head, bias, case.tokens)
+    single = case.to(torch.float32)
+    stats = fused_token_stats(*single.positional)
+    policy, ref = ((hidden @ x.T).log_softmax(-1) for x in (head, ref_head))
+    truth = (policy.exp() * ((policy - ref) + torch.expm1(ref - policy))).sum(-1)
+    assert (stats.kl >= 0).all()
+    error = ((stats.kl - truth) / truth).abs()
+    assert error.max() < 1e-3
+    assert error.median() < 1e-4
+    if size == 5e-4:
+        assert truth.median() < 5e-7
+        direct = naive(single).kl
+        assert ((direct - truth) / truth).abs().median() > 0.1
+        assert (direct < 0).any()
+
+
+def test_kl_is_never_negative_whatever_the_rounding():
+    for size in (1e-4, 1e-5, 1e-6, 1e-7):
+        case = shifted(make(n=200, vocab=500), size).to(torch.float32)
+        assert (fused_token_stats(*case.positional).kl >= 0).all()
+
+
+@pytest.mark.parametrize("scale", [10.0, 100.0, 1000.0])
+def test_far_apart_models_neither_overflow_nor_lose_the_reference_mass(scale):
+    case = make()
+    case = case._replace(
+        policy_hidden=case.policy_hidden * scale, ref_hidden=case.ref_hidden * scale
+    )
+    single = case.to(torch.float32)
+    truth, leaves = single.to(torch.float64).leaves()
+    expected = naive(truth)
+    expected_gradients = gradients(combine(expected, *weights(29)), leaves)
+    policy, leaves = single.leaves()
+    stats = fused_token_stats(*policy.positional, **policy.bias, chunk_size=10)
+    assert_close(stats, expected, 1e-5, 1e-5 * scale)
+    # Logits of this size are themselves rounded: allow three times what that does to the naive.
+    rounded, rounded_leaves = single.leaves()
+    rounded_gradients = gradients(combine(naive(rounded), *weights(29)), rounded_leaves)
+    got = gradients(combine(stats, *weights(29)), leaves)
+    for x, y, z in zip(got, rounded_gradients, expected_gradients, strict=True):
+        assert (x - z).norm() < 3 * (y - z).norm() + 1e-6 * z.norm()
+
+
+@pytest.mark.parametrize("forbidden_in_ref", [True, False])
+def test_tokens_the_policy_forbids_count_for_nothing(forbidden_in_ref, threads):
+    case = make()
+    case.policy_bias[:40] = -torch.inf
+    if forbidden_in_ref:
+        case.ref_bias[:40] = -torch.inf
+    case = case._replace(tokens=case.tokens.clamp(min=40))
+    truth, leaves = case.leaves()
+    expected = naive(truth)
+    w = weights(29)
+    expected_gradients = gradients(combine(expected, *w), leaves[:2])
+    assert all(x.isfinite().all() for x in expected_gradients)
+    policy, leaves = case.leaves()
+    loss, stats = fused_token_loss(combine, *policy.positional, *w, **policy.bias, chunk_size=10)
+    assert_close(stats, expected, 1e-11, 1e-11)
+    assert_close(gradients(loss, leaves[:2]), expected_gradients, 1e-11, 1e-11)
+    alone = fused_token_logp(
+        case.policy_hidden, case.policy_head, case.tokens, policy_bias=case.policy_bias
+    )
+    assert_close(alone, (expected.policy_logp, expected.entropy), 1e-11, 1e-11)
+
+
+def test_kl_is_infinite_where_the_reference_forbids_what_the_policy_allows():
+    case = make()
+    case.ref_bias[3] = -torch.inf
+    stats = fused_token_stats(*case.positional, **case.bias)
+    assert (stats.kl == torch.inf).all()
+    assert stats.policy_logp.isfinite().all()
+    assert stats.entropy.isfinite().all()
+
+
+def test_bfloat16_products_keep_float32_logits():
+    # Factors that are bfloat16 numbers already: the logits must be exact to float32.
+    case = shifted(make(n=64, vocab=503, hidden=64), 1.0).to(torch.bfloat16)
+    case = case._replace(policy_hidden=case.policy_hidden / 8, ref_hidden=case.ref_hidden / 8)
+    truth, leaves = case.to(torch.float64).leaves()
+    expected = naive(truth)
+    expected_gradients = gradients(expected.kl.sum(), leaves)
+    policy, leaves = case.to(torch.float32).leaves()
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    assert before != "bf16"
+    stats = fused_token_stats(*policy.positional, **policy.bias, gemm_dtype=torch.bfloat16)
+    assert_close(stats, expected, 1e-5, 1e-5)
+    for x, y in zip(gradients(stats.kl.sum(), leaves), expected_gradients, strict=True):
+        assert (x - y).norm() < 1e-2 * y.norm()
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_products_are_not_rounded_unasked():
+    # Large enough for oneDNN to take the product, were it allowed to.
+    case = make(n=64, vocab=503, hidden=64, ref=64)
+    case = case._replace(policy_hidden=case.policy_hidden / 8, ref_hidden=case.ref_hidden / 8)
+    for dtype, temperature in ((torch.float32, 1.0), (torch.bfloat16, 0.7)):
+        given = case.to(dtype)
+        stats = fused_token_stats(*given.positional, **given.bias, temperature=temperature)
+        expected = naive(given.to(torch.float64), temperature)
+        assert_close(stats, expected, 2e-5, 2e-5)
+
+
+def test_autocast_does_not_round_the_logits():
+    case = make().to(torch.float32)
+    expected = fused_token_stats(*case.positional, **case.bias)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(fused_token_stats(*case.positional, **case.bias), expected, 0, 0)
