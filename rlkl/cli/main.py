@@ -18,16 +18,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("audit")(audit)
-
-
+app.command("kl")(kl)
 # Its settings are a training configuration's, --help included: they are read from what follows.
 app.command(
     "distill",
     add_help_option=False,
     context_settings={"ignore_unknown_options": True},
 )(distill)
-
-
 app.add_typer(sweep_app, name="sweep")
 
 
@@ -47,9 +44,6 @@ def _options(
     ] = False,
 ) -> None:
     """Takes the options that stand before a command."""
-
-
-app.command("kl")(kl)
 
 
 def main() -> None:

@@ -51,5 +51,5 @@ def reserved_cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:
     """
     cache = DynamicCache(config=config)
     if cache.layers and all(type(layer) is DynamicLayer for layer in cache.layers):
-        cache.layers = [ReservedLayer(capacity) for _ in cache.layers]
+        cache.layers[:] = [ReservedLayer(capacity) for _ in cache.layers]
     return cache

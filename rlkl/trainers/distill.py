@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.integrations import WandbCallback
 from transformers.trainer_utils import TrainOutput
 
+from rlkl.data import collate_prompts
 from rlkl.kl import TokenStats, fused_logp_loss, fused_token_loss, future_kl
 from rlkl.kl.chunked import vocabulary_of
 from rlkl.models import output_head, response_hidden
@@ -101,7 +102,7 @@ class DistillTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=_columns,
+            data_collator=collate_prompts,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -389,7 +390,3 @@ def check_texts(data: Dataset, completions: bool) -> None:
         empty = [i for i, text in enumerate(data[name]) if not text.strip()]
         if empty and name != "completion":
             raise ValueError(f"{name} {empty[0]} is empty ({len(empty)} of {len(data)} are)")
-
-
-def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    return {name: [row[name] for row in rows] for name in rows[0]}
