@@ -419,7 +419,7 @@ def plot(output_dir: Path, by_loss: dict[str, dict[int, dict[str, Any]]]) -> Non
                 low, high = values.mean(0) - error, values.mean(0) + error
                 axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
         direction = "forward" if name == "fkl" else "reverse"
-        axis.set(xlabel="step", ylabel=f"held-out {direction} KL, nats per token", yscale="log")
+        axis.set(xlabel="step", ylabel=f"held-out {direction} KL, nats per token")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, ncols=2)
     figure.savefig(output_dir / "held_out.png", dpi=130)

@@ -118,10 +118,11 @@ def parse_args() -> argparse.Namespace:
         parser.error("--rounds and --threads must be at least 1, --neighbour at least 0")
     if args.value_only and args.gradient_only:
         parser.error("--value_only and --gradient_only exclude each other")
+    written = " ".join(args.shapes)
     try:
         args.shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
     except ValueError:
-        parser.error(f"--shapes {' '.join(args.shapes)}: write tokens x vocabulary x width, 8x9x7")
+        parser.error(f"--shapes {written}: write tokens x vocabulary x width, as 2048x50257x768")
     if any(len(shape) != 3 or min(shape) < 1 for shape in args.shapes):
         parser.error("--shapes: three positive numbers each, as 2048x50257x768")
     if not Path("/proc/self/clear_refs").exists():
@@ -211,8 +212,8 @@ def measure(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
                 variant = spec["variant"]
                 progress.update(bar, description=variant, advance=0)
                 if variant not in failed:
-                    liger = variant == "liger" and args.liger_python is not None
-                    python = args.liger_python if liger else Path(sys.executable)
+                    liger = args.liger_python if variant == "liger" else None
+                    python = liger or Path(sys.executable)
                     record = run_worker(python, spec | {"round": number})
                     file.write(json.dumps(record | {"machine": machine()}) + "\n")
                     file.flush()

@@ -11,10 +11,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 KL_COEF = 0.1
 
@@ -182,7 +182,9 @@ def trl(x: Inputs, gradient: bool) -> None:
 
 def liger(x: Inputs, gradient: bool) -> None:
     """Liger's chunked Jensen–Shannon divergence at its reverse-KL end; no log π(y) either."""
-    from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
+    from liger_kernel.chunked_loss.jsd_loss import (  # pyright: ignore[reportMissingImports]
+        LigerFusedLinearJSDFunction,
+    )
 
     with torch.set_grad_enabled(gradient):
         loss = LigerFusedLinearJSDFunction.apply(
@@ -226,10 +228,11 @@ def ppo_step(spec: dict[str, Any]) -> Callable[[], None]:
         n_layer=4,
         n_head=max(1, spec["width"] // 64),
         n_positions=64,
-        attn_implementation="eager",
     )
+    config._attn_implementation = "eager"
     model = GPT2LMHeadModel(config).eval()
     ref = frozen_copy(model)
+    ref_head = cast(nn.Linear, ref.lm_head).weight
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     batch, prompt_length, length = spec["n"] // 24, 8, 24
     prompts = torch.randint(1, spec["vocab"], (batch, prompt_length))
@@ -255,10 +258,10 @@ def ppo_step(spec: dict[str, Any]) -> Callable[[], None]:
             hidden = response_hidden(model, ids, attention, length)[real]
             ref_hidden = response_hidden(ref, ids, attention, length)[real]
             if exact:
-                stats = fused_token_stats(hidden, head, ref_hidden, ref.lm_head.weight, y)
+                stats = fused_token_stats(hidden, head, ref_hidden, ref_head, y)
                 kl, old_logp = stats.kl, stats.policy_logp
             else:
-                kl, old_logp = naive_sampled(hidden, head, ref_hidden, ref.lm_head.weight, y)
+                kl, old_logp = naive_sampled(hidden, head, ref_hidden, ref_head, y)
         advantage = torch.randn(len(y), generator=generator) - KL_COEF * kl
         for _ in range(4):
             hidden = response_hidden(model, ids, attention, length)[real]
@@ -273,7 +276,7 @@ def ppo_step(spec: dict[str, Any]) -> Callable[[], None]:
                     hidden,
                     head,
                     ref_hidden,
-                    ref.lm_head.weight,
+                    ref_head,
                     y,
                     old_logp,
                     advantage,

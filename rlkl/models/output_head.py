@@ -2,7 +2,7 @@
 
 import logging
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -103,12 +103,13 @@ def _low_rank(head: LoraLinear) -> tuple[LowRank, ...] | None:
         plain = isinstance(dropout, nn.Identity) or not dropout.training or dropout.p == 0
         if name in head.lora_variant or b.bias is not None or not plain:
             return None
-        adapters.append(LowRank(a.weight, b.weight, head.scaling[name]))
+        factors = cast(Tensor, a.weight), cast(Tensor, b.weight)
+        adapters.append(LowRank(*factors, head.scaling[name]))
     return tuple(adapters)
 
 
 def _vocab_size(lm: PreTrainedModel) -> int:
-    return lm.get_input_embeddings().weight.shape[0]
+    return cast(Tensor, lm.get_input_embeddings().weight).shape[0]
 
 
 @torch.no_grad()

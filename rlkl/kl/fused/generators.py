@@ -71,16 +71,19 @@ def row_divergence(divergence: str | Divergence | TopK) -> RowDivergence:
     """
     if isinstance(divergence, TopK):
         return _topk(divergence.k)
-    if isinstance(divergence, str):
-        divergence = get_divergence(divergence)
-    name, settings = divergence.name, dict(divergence.settings)
-    weight, alpha = settings.get("weight", 0.5), settings.get("alpha", 0.1)
-    mass, rule = settings.get("head_mass", 0.5), settings.get("head_rule", "within")
-    scaled = settings.get("scaled", False)
-    divergence(torch.zeros(2), torch.zeros(2))  # refuses settings out of range
+    whole = get_divergence(divergence) if isinstance(divergence, str) else divergence
+    name, settings = whole.name, whole.settings
+    weight, alpha = float(settings.get("weight", 0.5)), float(settings.get("alpha", 0.1))
+    mass, rule = float(settings.get("head_mass", 0.5)), str(settings.get("head_rule", "within"))
+    scaled = bool(settings.get("scaled", False))
+    if settings:
+        whole(torch.zeros(2), torch.zeros(2))  # refuses those out of range
 
     def dense(policy_logits: Tensor, ref_logits: Tensor, tokens: Tensor) -> Tensor:
-        return divergence(policy_logits, ref_logits)
+        return whole(policy_logits, ref_logits)
+
+    def adaptive(rows: Rows, expm1: Tensor) -> Tensor:
+        return _adaptive(rows, expm1, mass, rule)
 
     if name == "js" and weight in (0.0, 1.0) and scaled:
         name = "rkl" if weight else "fkl"
@@ -92,10 +95,8 @@ def row_divergence(divergence: str | Divergence | TopK) -> RowDivergence:
         "js": lambda rows, d: _jensen_shannon(rows, d, weight, scaled),
         "skew_fkl": lambda rows, d: _skew_forward(rows, d, alpha),
         "skew_rkl": lambda rows, d: _skew_reverse(rows, d, alpha),
-        "akl": lambda rows, d: _forward_reverse(rows, d, lambda *x: _adaptive(*x, mass, rule)),
-        "akl_r": lambda rows, d: _forward_reverse(
-            rows, d, lambda *x: 1 - _adaptive(*x, mass, rule)
-        ),
+        "akl": lambda rows, d: _forward_reverse(rows, d, adaptive),
+        "akl_r": lambda rows, d: _forward_reverse(rows, d, lambda *x: 1 - adaptive(*x)),
     }
     if name not in readers:
         known = ", ".join(readers)

@@ -4,6 +4,9 @@ The products stay with cuBLAS, in float32. Imported only where Triton is install
 are on a GPU (or TRITON_INTERPRET=1 in tests); everything that is per token stays in `engine`.
 """
 
+# pyright: reportMissingImports=false, reportIndexIssue=false
+# (Triton is not everywhere, and its kernels are called as kernel[grid].)
+
 import torch
 import triton
 import triton.language as tl
