@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from scipy.stats import t as student_t
 
 from rlkl.evaluation import estimate_kl
 from rlkl.evaluation.kl_estimate import (
@@ -250,3 +251,14 @@ def test_the_estimand_is_named(policy, ref, colours):
     report = estimate_kl(policy, ref, colours, PROMPTS, num_samples=8, max_new_tokens=T)
     assert report.estimand is Estimand.POPULATION
     assert report.units == len(PROMPTS)
+
+
+def test_intervals_on_heavy_weights_have_as_few_degrees_of_freedom_as_weights_that_count(
+    policy, ref, colours
+):
+    report = estimate_kl(policy, ref, colours, PROMPTS * 40, num_samples=80, max_new_tokens=T)
+    assert report.ess_ref < 79
+    for name, freedom in (("rb", 79), ("k1", 79), ("cv", report.ess_ref - 1)):
+        estimate = report.estimators[name]
+        half = (estimate.ci95[1] - estimate.ci95[0]) / 2
+        assert half / estimate.stderr == pytest.approx(student_t.ppf(0.975, freedom), rel=1e-6)

@@ -183,7 +183,10 @@ class Accumulator:
                 total, negative = self._fitted(estimator), None
             else:
                 continue  # ht of responses that another policy sampled
-            results[name] = self._estimate(total, estimator.claims.unbiased, negative)
+            # cv averages the weights q(y)/π(y): a few heavy ones count for all.
+            rests_on_weights = estimator.claims.needs == "log_ratio"
+            freedom = self.ess_ref - 1 if rests_on_weights else math.inf
+            results[name] = self._estimate(total, estimator.claims.unbiased, negative, freedom)
         return results
 
     def _fitted(self, estimator: ControlVariateEstimator) -> Tensor:
@@ -195,9 +198,11 @@ class Accumulator:
             "kz,kuz->u", torch.cat([0 * ones, ones, coefficients], 1), moments.prompts
         )
 
-    def _estimate(self, total: Tensor, unbiased: bool, negative: int | None) -> Estimate:
+    def _estimate(
+        self, total: Tensor, unbiased: bool, negative: int | None, max_freedom: float
+    ) -> Estimate:
         counts = self.sums["n"]
-        whole = ratio(total, counts, counts, self.units)
+        whole = ratio(total, counts, counts, self.units, max_freedom)
         token = ratio(total, self.sums["length"], counts, self.units)
         mean, half = float(whole.mean), float(whole.half_width)
         return Estimate(

@@ -196,7 +196,8 @@ class KLEstimation:
             notes.append(
                 "cv and cv_fitted rest on the weights q(y)/π(y), whose effective sample size is "
                 f"{accumulator.ess_ref:.0f} of {totals.n}: the few responses that would matter "
-                "most are hardly ever drawn, and their errors are larger than they say."
+                "most are hardly ever drawn, and their errors are larger than they say; the "
+                "intervals are as wide as so few responses make them."
             )
         if accumulator.ess < _TRUSTED_ESS * totals.n:
             notes.append(

@@ -1,6 +1,8 @@
 """Sums over independent units, and the means, standard errors and intervals that follow.
 
-Responses to one prompt are not independent draws from the population of prompts: what is, is the
+Responses to one prompt are not independent draws import math
+import math
+from the population of prompts: what is, is the
 prompt. So nothing is kept per response; each response is added to the sums of its unit u, and
 
     R = Σ_u S_u / Σ_u X_u,   stderr² = Σ_u m/(m - 1) (e_u - ē_u)² / (Σ_u X_u)²,   e_u = S_u - R X_u
@@ -122,7 +124,13 @@ class Interval:
     """Half of the 95% interval: Student's t, with as many degrees of freedom as units allow."""
 
 
-def ratio(total: Tensor, size: Tensor, counts: Tensor, units: Units) -> Interval:
+def ratio(
+    total: Tensor,
+    size: Tensor,
+    counts: Tensor,
+    units: Units,
+    max_freedom: float = math.inf,
+) -> Interval:
     """R = Σ_u S_u / Σ_u X_u with its error, for S and X of shape [U, ...] -> [...].
 
     Units without responses do not count. With a single unit the error is inf: one draw says
@@ -133,6 +141,8 @@ def ratio(total: Tensor, size: Tensor, counts: Tensor, units: Units) -> Interval
         size: X_u, what it is averaged over: responses or tokens.
         counts: [U] responses per unit.
         units: of which the sums are.
+        max_freedom: degrees of freedom of the interval at most, where the values rest on fewer
+            effective units than there are.
 
     Example:
         >>> units = Units.of(2, Estimand.POPULATION)
@@ -162,4 +172,5 @@ def ratio(total: Tensor, size: Tensor, counts: Tensor, units: Units) -> Interval
     # Strata with a single unit are given the average variance of the others' units.
     spread = spread * (len(counts) / several)
     stderr = spread.sqrt() / whole.abs()
+    freedom = max(1.0, min(freedom, max_freedom))
     return Interval(mean, stderr, stderr * float(student_t.ppf(0.975, freedom)))
