@@ -1,8 +1,6 @@
 """Sums over independent units, and the means, standard errors and intervals that follow.
 
-Responses to one prompt are not independent draws import math
-import math
-from the population of prompts: what is, is the
+Responses to one prompt are not independent draws from the population of prompts: what is, is the
 prompt. So nothing is kept per response; each response is added to the sums of its unit u, and
 
     R = Σ_u S_u / Σ_u X_u,   stderr² = Σ_u m/(m - 1) (e_u - ē_u)² / (Σ_u X_u)²,   e_u = S_u - R X_u
@@ -22,6 +20,7 @@ With one prompt only the second makes sense, and is what is reported. Memory is 
 independent still.
 """
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
