@@ -57,6 +57,8 @@ LABELS = {
     "bare_products": "its matrix products alone",
     "trl": "TRL ChunkedDivergence",
     "liger": "Liger chunked JSD",
+    "ppo_naive": "PPO step, naive sampled KL",
+    "ppo_fused": "PPO step, rlkl exact KL",
 }
 
 
@@ -302,7 +304,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     )
     for row, (n, vocab, width) in zip(axes, shapes, strict=True):
         here = of(records, n=n, vocab=vocab, width=width)
-        names = [v for v in LABELS if of(here, variant=v)][::-1]
+        names = [v for v in VARIANTS + MORE if of(here, variant=v)][::-1]
         for axis, field, label in zip(row, ("wall", "memory_mb"), ("seconds", "MB"), strict=True):
             for gradient, colour, shift in ((True, "#1f6f8b", 0.2), (False, "#c4a35a", -0.2)):
                 rows = [of(here, variant=v, gradient=gradient) for v in names]
