@@ -229,9 +229,7 @@ def test_bad_input_gets_one_line_exit_code_2_and_writes_nothing(
     assert not (folders / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "file", sorted(RECIPES.glob("sentiment_ppo*.yaml")), ids=lambda file: file.name
-)
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("sentiment_ppo*.yaml")), ids=lambda f: f.name)
 def test_every_key_of_every_recipe_is_a_setting(file: Path) -> None:
     from trl import ModelConfig
 
