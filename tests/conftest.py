@@ -9,7 +9,13 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 MATHEMATICS = {Path(__file__).parent / "kl", Path(__file__).parent / "rl"}
 
@@ -123,3 +129,28 @@ def make_lm() -> Callable[..., GPT2LMHeadModel]:
 @pytest.fixture
 def lm(make_lm: Callable[..., GPT2LMHeadModel]) -> GPT2LMHeadModel:
     return make_lm()
+
+
+@pytest.fixture
+def folders(
+    tmp_path: Path, make_lm: Callable[..., Any], make_tokenizer: Callable[..., Any]
+) -> Path:
+    """A folder with a tiny policy, a tiny classifier and prompts, as a user would have them."""
+    tokenizer = make_tokenizer(pad_is_eos=False)
+    make_lm(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    config = DistilBertConfig(
+        vocab_size=len(tokenizer),
+        dim=16,
+        hidden_dim=16,
+        n_layers=1,
+        n_heads=2,
+        id2label={0: "NEGATIVE", 1: "POSITIVE"},
+        label2id={"NEGATIVE": 0, "POSITIVE": 1},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        DistilBertForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
+    tokenizer.save_pretrained(tmp_path / "classifier")
+    (tmp_path / "prompts.txt").write_text("the film\nthis plot was\na superb end\nit is\n" * 2)
+    return tmp_path

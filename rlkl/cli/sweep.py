@@ -22,7 +22,9 @@ sweep_app = typer.Typer(
     no_args_is_help=True,
 )
 
-Spec = Annotated[Path | None, typer.Argument(help="The sweep's YAML.", show_default=False)]
+Spec = Annotated[
+    Path | None, typer.Argument(help="The sweep's YAML, or its folder.", show_default=False)
+]
 Storage = Annotated[
     str | None,
     typer.Option(help="SQLAlchemy address (sqlite:///…, postgresql://…); default: OUT/sweep.db."),
@@ -288,7 +290,8 @@ def _write_report(console: Console, result, folder: Path, identity: str | None) 
 def _open(
     spec: Path | None, storage: str | None, name: str | None, out: Path | None
 ) -> "tuple[Ledger, Path]":
-    """The sweep that is meant: by its spec's name, by its folder, or by its storage.
+    """The sweep that is meant: by its spec's name, by its folder (also in the spec's place), or
+    by its storage.
 
     Raises:
         ValueError: none of them is given.
@@ -296,6 +299,8 @@ def _open(
     from rlkl.sweep.driver import default_storage
     from rlkl.sweep.ledger import Ledger
 
+    if spec is not None and spec.is_dir():
+        spec, out = None, out or spec
     name = name or (_name_in(spec) if spec is not None else None)
     if out is None and name is not None:
         out = Path("runs") / name

@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Sequence
 
+from rich.box import SIMPLE
 from rich.console import Group, RenderableType
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -46,31 +46,42 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def _state(cell: Cell, spec: SweepSpec) -> Text:
+    """What a cell is doing, how far it is, and which attempt it is when not the first."""
+    silent = cell.state == "running" and cell.silent > spec.grace
+    said = "silent" if silent else cell.state
+    if cell.state == "running":
+        said += f" {cell.progress:.0%}"
+    if cell.attempt > 1:
+        said += f" (try {cell.attempt})"
+    return Text(said, style=_COLOURS["failed" if silent else cell.state])
+
+
 def status_table(cells: Sequence[Cell], spec: SweepSpec, workers: int, rows: int) -> RenderableType:
-    """Counts, time left, and up to `rows` cells: failed and running ones first."""
+    """Counts, time left, and up to `rows` cells: failed and running ones first.
+
+    A running cell whose worker has been silent for longer than the sweep's `grace` is shown as
+    silent: any worker that asks for work will take it.
+    """
     count = Counter(cell.state for cell in cells)
     said = ", ".join(f"{count[s]} {s}" for s in _COLOURS if count[s])
     left = duration(seconds_left(cells, spec, workers))
     head = Text(f"{spec.name}: {said}; time left with {workers} worker(s): {left}", style="bold")
     order = {"failed": 0, "running": 1, "done": 2, "waiting": 3}
     shown = sorted(range(len(cells)), key=lambda i: order[cells[i].state])[:rows]
-    table = Table(
-        "cell", "configuration", "state", "progress", "attempts", "worker", "KL", "reward"
-    )
+    table = Table(box=SIMPLE, pad_edge=False)
+    for column in ("cell", "configuration", "state", "KL, nats", "reward"):
+        table.add_column(column, no_wrap=True, overflow="ellipsis")
     for cell in (cells[i] for i in sorted(shown)):
         points = (cell.record or {}).get("points") or []
         kl = f"{points[-1]['kl']:.2f} ± {1.96 * points[-1]['kl_se']:.2f}" if points else ""
         reward = (
             f"{points[-1]['reward']:+.2f} ± {1.96 * points[-1]['reward_se']:.2f}" if points else ""
         )
-        note = f"{cell.worker} ({cell.silent:.0f} s ago)" if cell.state == "running" else ""
         table.add_row(
             cell.key,
             cell.label,
-            Text(cell.state, style=_COLOURS[cell.state]),
-            ProgressBar(total=1.0, completed=cell.progress, width=12),
-            str(cell.attempt),
-            note,
+            _state(cell, spec),
             kl,
             reward,
         )

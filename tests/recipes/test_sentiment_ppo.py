@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 from rlkl.trainers import PPOTrainer
 from rlkl.trainers.config import PPOConfig
@@ -22,31 +21,6 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("COLUMNS", "120")
-
-
-@pytest.fixture
-def folders(
-    tmp_path: Path, make_lm: Callable[..., Any], make_tokenizer: Callable[..., Any]
-) -> Path:
-    """A folder with a tiny policy, a tiny classifier and prompts, as a user would have them."""
-    tokenizer = make_tokenizer(pad_is_eos=False)
-    make_lm(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "policy")
-    tokenizer.save_pretrained(tmp_path / "policy")
-    config = DistilBertConfig(
-        vocab_size=len(tokenizer),
-        dim=16,
-        hidden_dim=16,
-        n_layers=1,
-        n_heads=2,
-        id2label={0: "NEGATIVE", 1: "POSITIVE"},
-        label2id={"NEGATIVE": 0, "POSITIVE": 1},
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        DistilBertForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
-    tokenizer.save_pretrained(tmp_path / "classifier")
-    (tmp_path / "prompts.txt").write_text("the film\nthis plot was\na superb end\nit is\n" * 2)
-    return tmp_path
 
 
 def arguments(folder: Path, **changes: Any) -> list[str]:

@@ -16,9 +16,9 @@ RECORD = {
 }
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+def run(monkeypatch: pytest.MonkeyPatch, *words: str, columns: int = 140) -> int:
     monkeypatch.setattr("sys.argv", ["rlkl", "sweep", *words])
-    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("WANDB_MODE", "disabled")
     with pytest.raises(SystemExit) as stop:
         main()
@@ -89,6 +89,15 @@ def test_nonsense_is_one_line_and_exit_code_2(
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert message in error
+
+
+def test_status_fits_a_terminal_of_80_columns_and_takes_the_folder(finished, monkeypatch, capsys):
+    assert run(monkeypatch, "status", str(finished), columns=80) == 0
+    said = capsys.readouterr().out
+    assert "…" not in said
+    assert max(map(len, said.splitlines())) <= 80
+    assert "000-seed0" in said
+    assert "failed" in said
 
 
 def test_status_shows_states_notes_and_the_journal(finished, monkeypatch, capsys):

@@ -3,14 +3,12 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 from rlkl.sweep.evaluator import Evaluator, clustered
 
@@ -19,37 +17,18 @@ EVALUATION |= {"reference_samples": 32, "checkpoints": False}
 
 
 @pytest.fixture
-def settings(
-    tmp_path: Path, make_lm: Callable[..., Any], make_tokenizer: Callable[..., Any]
-) -> dict[str, Any]:
-    """A tiny policy, classifier and prompts in folders, as a recipe's settings name them."""
-    tokenizer = make_tokenizer(pad_is_eos=False)
-    make_lm(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "policy")
-    tokenizer.save_pretrained(tmp_path / "policy")
-    config = DistilBertConfig(
-        vocab_size=len(tokenizer),
-        dim=16,
-        hidden_dim=16,
-        n_layers=1,
-        n_heads=2,
-        id2label={0: "NEGATIVE", 1: "POSITIVE"},
-        label2id={"NEGATIVE": 0, "POSITIVE": 1},
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        DistilBertForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
-    tokenizer.save_pretrained(tmp_path / "classifier")
-    (tmp_path / "prompts.txt").write_text("the film\nthis plot was\na superb end\nit is\n" * 2)
-    classifier = str(tmp_path / "classifier")
+def settings(folders: Path) -> dict[str, Any]:
+    """Tiny models and prompts in folders, as a recipe's settings name them."""
+    classifier = str(folders / "classifier")
     return {
-        "model_name_or_path": str(tmp_path / "policy"),
+        "model_name_or_path": str(folders / "policy"),
         "ref_model_name_or_path": None,
         "reward_model": classifier,
         "positive_label": None,
         "reward_score": "log_odds",
         "reward_clamp": None,
         "judge_model": classifier,
-        "eval_prompts": str(tmp_path / "prompts.txt"),
+        "eval_prompts": str(folders / "prompts.txt"),
         "response_length": 5,
         "temperature": 1.0,
         "max_steps": 2,

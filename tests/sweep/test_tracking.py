@@ -1,13 +1,11 @@
 """W&B offline: the summary run of a sweep and the settings that the runs of its cells get."""
 
 import json
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import wandb
-from wandb.proto import wandb_internal_pb2
 
 from rlkl.sweep.ledger import open_ledger
 from rlkl.sweep.records import SweepResult
@@ -15,6 +13,7 @@ from rlkl.sweep.report import write_report
 from rlkl.sweep.tracking import log_summary
 from rlkl.sweep.worker import Worker, wandb_id
 from rlkl.trainers.tracking import wandb_mode
+from tests.wandb_offline import offline_records
 
 # wandb's own code under Python 3.11 and pydantic 2
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -32,32 +31,6 @@ def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WANDB_X_DISABLE_STATS", "true")
 
 
-def records(folder: Path) -> list[wandb_internal_pb2.Record]:
-    """All records of the one offline run below a folder: a LevelDB log of protocol buffers."""
-    (path,) = (folder / "wandb").glob("offline-run-*/*.wandb")
-    parsed = []
-    for data in log_records(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        parsed.append(record)
-    return parsed
-
-
-def log_records(data: bytes, block: int = 32768) -> Iterator[bytes]:
-    """A chunk is a record (place 1), or its first (2), middle (3) or last part (4)."""
-    position, record = 7, b""
-    while position + 7 <= len(data):
-        if block - position % block < 7:
-            position += block - position % block
-            continue
-        _, length, place = struct.unpack("<IHB", data[position : position + 7])
-        record += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if place in (1, 4):
-            yield record
-            record = b""
-
-
 def test_the_summary_run_has_table_charts_numbers_and_the_page(
     make_result: Callable[..., SweepResult], tmp_path: Path
 ) -> None:
@@ -66,7 +39,7 @@ def test_the_summary_run_has_table_charts_numbers_and_the_page(
     log_summary(analysis, tmp_path, "identity")
     assert wandb.run is None
 
-    found = records(tmp_path)
+    found = offline_records(tmp_path)
     run = next(r.run for r in found if r.HasField("run"))
     assert (run.run_group, run.job_type, run.project) == ("made", "summary", "rlkl")
     assert run.run_id == wandb_id("identity", "summary")
