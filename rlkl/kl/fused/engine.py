@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple, Self
@@ -151,6 +151,9 @@ class Problem:
         return stats
 
 
+Scratch = tuple[Tensor, ...]
+
+
 class Block(NamedTuple):
     """Some rows of a chunk: logits, then p and t (see the package); what is known of each row."""
 
@@ -214,14 +217,22 @@ class Chunk:
         # Kernels need no scratch, but for the divergences that they do not have.
         scratch_rows = 0 if self.kernels is not None and scratch == 1 else self.block_rows
         self.scratch = empty(workers.count, scratch, min(scratch_rows, size), vocab)
-        self.blocks = self.buffers.split(self.block_rows)
+        self.strips = self._strips()
 
-    def _each_block(self, work: Callable[[Block, Tensor], None]) -> None:
-        """Run `work` on every block of rows, with scratch blocks of its shape."""
+    def _strips(self) -> list[list[tuple[Block, Scratch]]]:
+        """Each worker's blocks of the rows at hand, with scratch blocks [n, V] of their shape."""
+        blocks, count = self.rows.split(self.block_rows), self.workers.count
+        return [
+            [(block, tuple(scratch[:, : len(block.p)])) for block in blocks[worker::count]]
+            for worker, scratch in enumerate(self.scratch)
+        ]
+
+    def _each_block(self, work: Callable[[Block, Scratch], None]) -> None:
+        """Run `work` on every block."""
 
         def strip(worker: int) -> None:
-            for block in self.blocks[worker :: self.workers.count]:
-                work(block, self.scratch[worker, :, : len(block.p)])
+            for block, scratch in self.strips[worker]:
+                work(block, scratch)
 
         self.workers.run(strip)
 
@@ -231,7 +242,7 @@ class Chunk:
         rows, self.start = slice(start, start + n), start
         if n != len(self.rows.p):  # the last chunk
             self.rows = self.buffers.first(n)
-            self.blocks = self.rows.split(self.block_rows)
+            self.strips = self._strips()
         here = self.rows
         here.tokens.copy_(problem.tokens[rows, None])
         problem.policy.logits(rows, here.p, here.slope if here.slope.numel() else None)
@@ -242,8 +253,7 @@ class Chunk:
             self._kernel_pass(self.kernels)
         else:
             self._each_block(self._policy_pass if problem.ref is None else self._joint_pass)
-        forbidding = here.a_sum[:, 0].isnan().nonzero()[:, 0]  # −inf logits: 0 · log 0 = 0
-        for index in forbidding.split(_CHUNK_ROWS[0]):
+        for index in _where(here.a_sum.isnan()):  # −inf logits: 0 · log 0 = 0
             p = here.p[index]
             here.a_sum[index] = _log(p).mul_(p).sum(1, keepdim=True)
         log_sum = here.p_sum.log()
@@ -258,22 +268,21 @@ class Chunk:
             else:
                 ref_logp = logp + here.t_token - kl
                 kl = here.other
-            far = ~(here.t_max < _MAX_T)[:, 0]  # also where it is NaN
-            for index in far.nonzero()[:, 0].split(_CHUNK_ROWS[0]):
+            for index in _where(~(here.t_max < _MAX_T)):  # also where it is NaN
                 kl[index], log_ratio = self._far_divergence(index)
                 ref_logp[index] = logp[index] + log_ratio
             values = logp, ref_logp, kl, entropy
         for target, value in zip(out, values, strict=True):
             target.copy_(value[:, 0])
 
-    def _policy_pass(self, block: Block, scratch: Tensor) -> None:
+    def _policy_pass(self, block: Block, scratch: Scratch) -> None:
         p, x = block.p, scratch[0]
         torch.amax(p, 1, keepdim=True, out=block.peak)
         torch.exp(torch.sub(p, block.peak, out=x), out=p)
         torch.sum(p, 1, keepdim=True, out=block.p_sum)
         torch.sum(x.mul_(p), 1, keepdim=True, out=block.a_sum)
 
-    def _joint_pass(self, block: Block, scratch: Tensor) -> None:
+    def _joint_pass(self, block: Block, scratch: Scratch) -> None:
         p, t, x = block.p, block.t, scratch[0]
         t.sub_(p)
         self._policy_pass(block, scratch)
@@ -282,9 +291,8 @@ class Chunk:
         torch.amax(t, 1, keepdim=True, out=block.t_max)
         torch.exp(t, out=x).sub_(t).sub_(1).mul_(p)
         torch.sum(x, 1, keepdim=True, out=block.phi_sum)
-        near = (block.phi_sum < _NEAR * block.p_sum).nonzero()[:, 0]
-        if len(near):
-            block.phi_sum[near] = _small_phi_sum(p[near], t[near])
+        for index in _where(block.phi_sum < _NEAR * block.p_sum):
+            block.phi_sum[index] = _small_phi_sum(p[index], t[index])
         self._other_pass(block, scratch)
 
     def _kernel_pass(self, kernels: ModuleType) -> None:
@@ -295,12 +303,12 @@ class Chunk:
         if t is not None:
             self._each_block(self._other_pass)
 
-    def _other_pass(self, block: Block, scratch: Tensor) -> None:
+    def _other_pass(self, block: Block, scratch: Scratch) -> None:
         """The divergence asked for, if it is not D_KL(policy ‖ ref)."""
         if (read := self.problem.divergence.read) is None:
             return
         block.t_token.copy_(block.t.gather(1, block.tokens))  # t itself is overwritten
-        rows = Rows(block.p, block.p_sum, block.t, block.kl, block.tokens, tuple(scratch))
+        rows = Rows(block.p, block.p_sum, block.t, block.kl, block.tokens, scratch)
         block.other.copy_(read(rows, self.differentiate))
 
     def _far_divergence(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -356,7 +364,7 @@ class Chunk:
             )
             return here.p
 
-        def work(block: Block, scratch: Tensor) -> None:
+        def work(block: Block, scratch: Scratch) -> None:
             factor = block.constant
             if g_kl is not None:
                 factor = block.t.mul_(block.t_factor).add_(factor)
@@ -372,6 +380,12 @@ class Chunk:
                 scattered = scattered * here.slope.gather(1, here.tokens)
             here.p.scatter_add_(1, here.tokens, scattered)
         return here.p
+
+
+def _where(mask: Tensor) -> Sequence[Tensor]:
+    """The rows where a mask [n, 1] is true, some at a time."""
+    index = mask[:, 0].nonzero()[:, 0]
+    return index.split(_CHUNK_ROWS[0]) if len(index) else ()
 
 
 def _small_phi_sum(p: Tensor, t: Tensor) -> Tensor:
