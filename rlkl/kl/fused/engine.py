@@ -61,6 +61,7 @@ class Problem:
     tokens: Tensor  # [N]
     chunk_size: int
     divergence: RowDivergence
+    ref_logp: Tensor | None  # [N], where the caller knows it
 
     @classmethod
     def of(
@@ -74,6 +75,7 @@ class Problem:
         vocab_size: int | None,
         chunk_size: int | None,
         gemm_dtype: torch.dtype | None,
+        ref_logp: Tensor | None = None,
     ) -> Self:
         """Check the arguments of a public function; every model is (hidden, head)."""
         if not 0 < temperature < math.inf:
@@ -82,6 +84,13 @@ class Problem:
             raise ValueError(f"chunk_size={chunk_size}: must be at least 1")
         if gemm_dtype not in (None, torch.bfloat16):
             raise ValueError(f"gemm_dtype={gemm_dtype}: use None or torch.bfloat16")
+        if ref_logp is not None and divergence.read is not None:
+            raise ValueError("ref_logp serves D_KL(policy ‖ ref) only: leave it None")
+        if ref_logp is not None and ref_logp.shape != tokens.shape:
+            raise ValueError(
+                f"ref_logp has shape {tuple(ref_logp.shape)}: expected that of tokens, "
+                f"{tuple(tokens.shape)}"
+            )
         models = {"policy": policy} if ref is None else {"policy": policy, "ref": ref}
         sizes = {
             name: check_head(name, head, hidden, tokens.shape[0])
@@ -116,7 +125,9 @@ class Problem:
             chunk_size = default_chunk_size(vocab)
         chunk_size = min(chunk_size, max(tokens.shape[0], 1))
         ref_product = products[1] if len(products) == 2 else None
-        return cls(products[0], ref_product, tokens, chunk_size, divergence)
+        if ref_logp is not None:
+            ref_logp = ref_logp.detach().to(dtype)
+        return cls(products[0], ref_product, tokens, chunk_size, divergence, ref_logp)
 
     @property
     def record(self) -> type[TokenStats] | type[TokenLogp]:
@@ -262,18 +273,26 @@ class Chunk:
         if problem.ref is None:
             values = logp, entropy
         else:
-            kl = here.kl
-            if problem.divergence.read is None:
-                ref_logp = logp + here.t.gather(1, here.tokens) - kl
-            else:
-                ref_logp = logp + here.t_token - kl
-                kl = here.other
-            for index in _where(~(here.t_max < _MAX_T)):  # also where it is NaN
-                kl[index], log_ratio = self._far_divergence(index)
-                ref_logp[index] = logp[index] + log_ratio
-            values = logp, ref_logp, kl, entropy
+            values = logp, *self._joint_values(logp), entropy
         for target, value in zip(out, values, strict=True):
             target.copy_(value[:, 0])
+
+    def _joint_values(self, logp: Tensor) -> tuple[Tensor, Tensor]:
+        """(log q(y), divergence), [n, 1] each."""
+        problem, here = self.problem, self.rows
+        if problem.divergence.read is not None:
+            ref_logp, value = logp + here.t_token - here.kl, here.other
+        elif problem.ref_logp is not None:
+            ref_logp = problem.ref_logp[self.start : self.start + len(logp), None]
+            value = (logp - ref_logp).add_(here.t.gather(1, here.tokens)).clamp_(min=0)
+        else:
+            value = here.kl
+            ref_logp = logp + here.t.gather(1, here.tokens) - value
+        for index in _where(~(here.t_max < _MAX_T)):  # also where it is NaN
+            value[index], log_ratio = self._far_divergence(index)
+            if problem.ref_logp is None:
+                ref_logp[index] = logp[index] + log_ratio
+        return ref_logp, value
 
     def _policy_pass(self, block: Block, scratch: Scratch) -> None:
         p, x = block.p, scratch[0]
@@ -288,6 +307,10 @@ class Chunk:
         self._policy_pass(block, scratch)
         torch.sum(torch.mul(p, t, out=x), 1, keepdim=True, out=block.t_mean)
         t.sub_(block.t_mean.div_(block.p_sum))
+        if self.problem.ref_logp is not None:
+            # The KL follows from log q(y), also where p underflows; NaN marks rows with −inf.
+            torch.sub(block.t_mean, block.t_mean, out=block.t_max)
+            return
         torch.amax(t, 1, keepdim=True, out=block.t_max)
         torch.exp(t, out=x).sub_(t).sub_(1).mul_(p)
         torch.sum(x, 1, keepdim=True, out=block.phi_sum)
