@@ -259,9 +259,10 @@ def ppo_step(spec: dict[str, Any]) -> Callable[[], None]:
             ref_hidden = response_hidden(ref, ids, attention, length)[real]
             if exact:
                 stats = fused_token_stats(hidden, head, ref_hidden, ref_head, y)
-                kl, old_logp = stats.kl, stats.policy_logp
+                kl, old_logp, ref_logp = stats.kl, stats.policy_logp, stats.ref_logp
             else:
                 kl, old_logp = naive_sampled(hidden, head, ref_hidden, ref_head, y)
+                ref_logp = old_logp - kl
         advantage = torch.randn(len(y), generator=generator) - KL_COEF * kl
         for _ in range(4):
             hidden = response_hidden(model, ids, attention, length)[real]
@@ -280,6 +281,7 @@ def ppo_step(spec: dict[str, Any]) -> Callable[[], None]:
                     y,
                     old_logp,
                     advantage,
+                    ref_logp=ref_logp,
                 )
             else:
                 logp = (hidden @ head.t()).log_softmax(-1).gather(1, y[:, None])[:, 0]

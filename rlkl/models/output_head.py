@@ -1,5 +1,6 @@
 """The head of a causal LM as data: what is multiplied, and what the model does to it afterwards."""
 
+import copy
 import logging
 import math
 from typing import NamedTuple, cast
@@ -77,7 +78,9 @@ def output_head(model: nn.Module) -> OutputHead | ModuleHead:
 def at_least_float32(head: OutputHead | ModuleHead) -> OutputHead | ModuleHead:
     """A copy of a head whose products are not rounded to 16 bits; float32 heads share tensors."""
     if isinstance(head, ModuleHead):
-        return head
+        if all(x.dtype in (torch.float32, torch.float64) for x in head.module.parameters()):
+            return head
+        return head._replace(module=copy.deepcopy(head.module).float())
 
     def widen(x: Tensor) -> Tensor:
         return x if x.dtype == torch.float64 else x.float()

@@ -72,9 +72,9 @@ class PolicyLoss:
             off_policy: take the KL of the policy as it is now, by weights of the prefixes.
         """
         batch, old, args = rollout.responses.rows(rows), rollout.tokens, self.args
-        old_logp, advantage, ref_hidden = (
+        old_logp, ref_logp, advantage, ref_hidden = (
             x[rows, : batch.tokens.shape[1]][batch.mask]
-            for x in (old.policy_logp, advantages, old.ref_hidden)
+            for x in (old.policy_logp, old.ref_logp, advantages, old.ref_hidden)
         )
         constants = (old_logp, advantage)
         if off_policy:
@@ -104,7 +104,13 @@ class PolicyLoss:
             with reference_model(self.model, self.ref_model) as ref:
                 reference = (ref_hidden, output_head(ref))
             loss, stats = fused_token_loss(
-                token_loss, *policy, *reference, tokens, *constants, **precision
+                token_loss,
+                *policy,
+                *reference,
+                tokens,
+                *constants,
+                ref_logp=ref_logp,
+                **precision,
             )
         with torch.no_grad():
             kl_loss = kl_term(stats, *constants).sum() / count

@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from reward_models import LexiconReward
-from rlkl.models import Critic, output_head
+from rlkl.kl import head_logits
+from rlkl.models import Critic, at_least_float32, frozen_copy, output_head
 from rlkl.rollout import (
     Responses,
     Rollout,
@@ -20,7 +22,7 @@ from rlkl.rollout import (
     summarise,
     token_statistics,
 )
-from rlkl.rollout.collect import SumOfRewards
+from rlkl.rollout.collect import SumOfRewards, policy_pass
 from rlkl.trainers.metrics import described
 
 PROMPTS = ["the film", "it", "I found this plot and the end", "a plot", "on", "so it is"]
@@ -256,3 +258,31 @@ def test_tokens_go_back_to_their_places():
     whole = scatter_tokens(values, mask)
     assert torch.equal(whole[mask], values)
     assert not whole[~mask].any()
+
+
+class TwoLayers(nn.Module):
+    def __init__(self, width: int, vocab: int):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(width, 4), nn.Linear(4, vocab)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.outer(torch.tanh(self.inner(hidden)))
+
+
+def test_a_model_in_16_bits_with_any_head_is_sampled_and_measured(make_lm, tokenizer):
+    torch.manual_seed(0)
+    model = make_lm(tie_word_embeddings=False)
+    model.set_output_embeddings(TwoLayers(model.config.n_embd, model.config.vocab_size))
+    model = model.bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    responses = sample_responses(model, tokenizer, PROMPTS, 5, temperature=1.0, generator=generator)
+    record = token_statistics(model, frozen_copy(model), responses)
+    assert (record.kl == 0).all()
+    assert (record.ref_logp == record.policy_logp).all()
+    # The same pair with its head's weights in float32: what differs is the rounding of logits.
+    wide = at_least_float32(output_head(model))
+    assert {x.dtype for x in wide.module.parameters()} == {torch.float32}
+    hidden = policy_pass(model, None, responses).hidden.float()
+    logp = head_logits(wide, hidden).log_softmax(-1)
+    logp = logp.gather(1, responses.tokens[responses.mask][:, None])[:, 0]
+    torch.testing.assert_close(record.policy_logp[responses.mask], logp, rtol=0.05, atol=0.05)

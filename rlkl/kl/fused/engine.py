@@ -3,10 +3,10 @@
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -25,12 +25,14 @@ from rlkl.kl.fused.heads import (
 from rlkl.kl.fused.records import TokenLogp, TokenStats
 from rlkl.kl.fused.workers import Workers
 
-# A chunk holds about this many logits of each model (33 MB in float32), within these rows. Fewer
+# A chunk holds about this many logits of each model (42 MB in float32), within these rows. Fewer
 # rows make the products slower: each chunk reads the whole head and adds to its whole gradient.
-_CHUNK_ELEMENTS = 8_200_000
-_CHUNK_ROWS = (96, 512)
-# Element-wise passes run on blocks of this many logits: four float32 blocks fit a 2 MB cache.
-_BLOCK_ELEMENTS = 98_304
+_CHUNK_ELEMENTS = 10_500_000
+_CHUNK_ROWS = (112, 512)
+# Element-wise passes run on blocks of this many logits: p, t and scratch fit a 2 MB cache.
+_BLOCK_ELEMENTS = 131_072
+# Below this many nats, eᵗ − t − 1 by subtraction has lost the digits that count.
+_NEAR = 5e-4
 # Above this t, p may have underflowed where the reference still has mass.
 _MAX_T = 60.0
 # Stands for probabilities that underflow where they must carry a gradient.
@@ -59,6 +61,7 @@ class Problem:
     tokens: Tensor  # [N]
     chunk_size: int
     divergence: RowDivergence
+    ref_logp: Tensor | None  # [N], where the caller knows it
 
     @classmethod
     def of(
@@ -72,6 +75,7 @@ class Problem:
         vocab_size: int | None,
         chunk_size: int | None,
         gemm_dtype: torch.dtype | None,
+        ref_logp: Tensor | None = None,
     ) -> Self:
         """Check the arguments of a public function; every model is (hidden, head)."""
         if not 0 < temperature < math.inf:
@@ -80,6 +84,13 @@ class Problem:
             raise ValueError(f"chunk_size={chunk_size}: must be at least 1")
         if gemm_dtype not in (None, torch.bfloat16):
             raise ValueError(f"gemm_dtype={gemm_dtype}: use None or torch.bfloat16")
+        if ref_logp is not None and divergence.read is not None:
+            raise ValueError("ref_logp serves D_KL(policy ‖ ref) only: leave it None")
+        if ref_logp is not None and ref_logp.shape != tokens.shape:
+            raise ValueError(
+                f"ref_logp has shape {tuple(ref_logp.shape)}: expected that of tokens, "
+                f"{tuple(tokens.shape)}"
+            )
         models = {"policy": policy} if ref is None else {"policy": policy, "ref": ref}
         sizes = {
             name: check_head(name, head, hidden, tokens.shape[0])
@@ -114,7 +125,9 @@ class Problem:
             chunk_size = default_chunk_size(vocab)
         chunk_size = min(chunk_size, max(tokens.shape[0], 1))
         ref_product = products[1] if len(products) == 2 else None
-        return cls(products[0], ref_product, tokens, chunk_size, divergence)
+        if ref_logp is not None:
+            ref_logp = ref_logp.detach().to(dtype)
+        return cls(products[0], ref_product, tokens, chunk_size, divergence, ref_logp)
 
     @property
     def record(self) -> type[TokenStats] | type[TokenLogp]:
@@ -142,18 +155,54 @@ class Problem:
             for start in range(0, n, self.chunk_size):
                 rows = slice(start, min(start + self.chunk_size, n))
                 part = tuple(out[rows] for out in stats)
-                chunk.read(rows, part)
+                chunk.read(start, part)
                 given = {} if upstream is None else upstream(rows, part)
                 if gradients is not None and given:
                     gradients.add(rows, chunk.logit_gradient(part, given))
         return stats
 
 
-class Chunk:
-    """The buffers of one chunk: first logits, then p and t (see the package), then the gradient.
+Scratch = tuple[Tensor, ...]
 
-    p is kept as exp(a − max) beside its row sum: that saves the pass that would divide it. Passes
-    over logits run on blocks of a few rows; what is per token is done once for the whole chunk.
+
+class Block(NamedTuple):
+    """Some rows of a chunk: logits, then p and t (see the package); what is known of each row."""
+
+    p: Tensor  # [n, V]; exp(a − max): not divided by its sum, which saves a pass
+    t: Tensor  # [n, V]
+    slope: Tensor  # [n, V] of the soft-cap, or empty
+    tokens: Tensor  # [n, 1], as all that follow
+    peak: Tensor  # max a
+    p_sum: Tensor
+    a_sum: Tensor  # Σ p (a − max)
+    t_mean: Tensor
+    t_max: Tensor
+    t_token: Tensor
+    phi_sum: Tensor  # Σ p φ(t)
+    other: Tensor  # the divergence asked for, if it is not D_KL(policy ‖ ref)
+    constant: Tensor  # the gradient's factors of p: this
+    t_factor: Tensor  # + this · t
+    log_factor: Tensor  # + this · log p
+
+    def first(self, n: int) -> Self:
+        """The first n rows."""
+        return self._make(x[:n] for x in self)
+
+    def split(self, n: int) -> list[Self]:
+        """Blocks of n rows each."""
+        return [self._make(parts) for parts in zip(*(x.split(n) for x in self), strict=True)]
+
+    @property
+    def kl(self) -> Tensor:
+        """D_KL(policy ‖ ref) [n, 1] of rows that were read."""
+        # φ ≥ 0: the clamp removes rounding (below 1e-13 nats), and keeps NaN.
+        return (self.phi_sum / self.p_sum).log1p_().clamp_(min=0)
+
+
+class Chunk:
+    """The buffers of one chunk: first logits, then p and t, then the gradient.
+
+    Passes over logits run on blocks of a few rows; what is per token is done once for the chunk.
     """
 
     def __init__(self, problem: Problem, workers: Workers, differentiate: bool):
@@ -164,120 +213,135 @@ class Chunk:
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        self.rows, self.tokens = slice(0, 0), problem.tokens[:0, None]
         capped = differentiate and problem.policy.cap is not None
         # One allocation: the C library then tends to keep it between calls, which saves the page
         # faults of fresh memory (up to a quarter of a small call).
         buffers = empty(1 + (problem.ref is not None) + capped, size, vocab)
-        self.p, self.t = buffers[0], buffers[-1 - capped]  # t is used only beside a reference
-        self.slope = buffers[-1] if capped else None
-        self.peak, self.p_sum, self.a_sum = empty(3, size, 1)
-        self.t_mean, self.t_max, self.t_token, self.phi_sum, self.other = empty(5, size, 1)
-        block = max(1, _BLOCK_ELEMENTS // vocab) if device.type == "cpu" else size
-        self.blocks = [slice(i, i + block) for i in range(0, size, block)]
-        scratch = 2 if problem.divergence.read is None else 3
+        t = buffers[1] if problem.ref is not None else empty(size, 0)
+        slope = buffers[-1] if capped else empty(size, 0)
+        tokens = torch.empty_like(problem.tokens[:size, None])
+        self.buffers = self.rows = Block(buffers[0], t, slope, tokens, *empty(11, size, 1))
+        self.start = 0
+        self.block_rows = max(1, _BLOCK_ELEMENTS // vocab) if device.type == "cpu" else size
+        scratch = 1 if problem.divergence.read is None else 3
         self.kernels = _row_kernels(device)
         # Kernels need no scratch, but for the divergences that they do not have.
-        scratch_rows = 0 if self.kernels is not None and scratch == 2 else min(block, size)
-        self.scratch = empty(workers.count, scratch, scratch_rows, vocab)
+        scratch_rows = 0 if self.kernels is not None and scratch == 1 else self.block_rows
+        self.scratch = empty(workers.count, scratch, min(scratch_rows, size), vocab)
+        self.strips = self._strips()
 
-    def _each_block(self, work: Callable[[slice, Tensor], None]) -> None:
-        """Run `work` on every block of rows, with scratch blocks of its shape."""
-        n = self.rows.stop - self.rows.start
-        blocks = [slice(b.start, min(b.stop, n)) for b in self.blocks if b.start < n]
+    def _strips(self) -> list[list[tuple[Block, Scratch]]]:
+        """Each worker's blocks of the rows at hand, with scratch blocks [n, V] of their shape."""
+        blocks, count = self.rows.split(self.block_rows), self.workers.count
+        return [
+            [(block, tuple(scratch[:, : len(block.p)])) for block in blocks[worker::count]]
+            for worker, scratch in enumerate(self.scratch)
+        ]
+
+    def _each_block(self, work: Callable[[Block, Scratch], None]) -> None:
+        """Run `work` on every block."""
 
         def strip(worker: int) -> None:
-            for block in blocks[worker :: self.workers.count]:
-                work(block, self.scratch[worker, :, : block.stop - block.start])
+            for block, scratch in self.strips[worker]:
+                work(block, scratch)
 
         self.workers.run(strip)
 
-    def read(self, rows: slice, out: tuple[Tensor, ...]) -> None:
+    def read(self, start: int, out: tuple[Tensor, ...]) -> None:
         """Multiply the logits of these tokens, reduce them to statistics, leave p and t."""
-        problem, n = self.problem, rows.stop - rows.start
-        self.rows, self.tokens = rows, problem.tokens[rows, None]
-        slope = None if self.slope is None else self.slope[:n]
-        problem.policy.logits(rows, self.p[:n], slope)
-        token_logit = self.p[:n].gather(1, self.tokens)
+        problem, n = self.problem, len(out[0])
+        rows, self.start = slice(start, start + n), start
+        if n != len(self.rows.p):  # the last chunk
+            self.rows = self.buffers.first(n)
+            self.strips = self._strips()
+        here = self.rows
+        here.tokens.copy_(problem.tokens[rows, None])
+        problem.policy.logits(rows, here.p, here.slope if here.slope.numel() else None)
+        token_logit = here.p.gather(1, here.tokens)
         if problem.ref is not None:
-            problem.ref.logits(rows, self.t[:n])
+            problem.ref.logits(rows, here.t)
         if self.kernels is not None:
-            self._kernel_pass(self.kernels, n)
+            self._kernel_pass(self.kernels)
         else:
             self._each_block(self._policy_pass if problem.ref is None else self._joint_pass)
-        forbidding = self.a_sum[:n, 0].isnan().nonzero()[:, 0]  # −inf logits: 0 · log 0 = 0
-        for index in forbidding.split(_CHUNK_ROWS[0]):
-            p = self.p[index]
-            self.a_sum[index] = _log(p).mul_(p).sum(1, keepdim=True)
-        log_sum = self.p_sum[:n].log()
-        logp = token_logit - self.peak[:n] - log_sum
-        entropy = log_sum - self.a_sum[:n] / self.p_sum[:n]
+        for index in _where(here.a_sum.isnan()):  # −inf logits: 0 · log 0 = 0
+            p = here.p[index]
+            here.a_sum[index] = _log(p).mul_(p).sum(1, keepdim=True)
+        log_sum = here.p_sum.log()
+        logp = token_logit - here.peak - log_sum
+        entropy = log_sum - here.a_sum / here.p_sum
         if problem.ref is None:
             values = logp, entropy
         else:
-            kl = self._kl(slice(0, n))
-            if problem.divergence.read is None:
-                ref_logp = logp + self.t[:n].gather(1, self.tokens) - kl
-            else:
-                ref_logp = logp + self.t_token[:n] - kl
-                kl = self.other[:n]
-            far = ~(self.t_max[:n] < _MAX_T)[:, 0]  # also where it is NaN
-            for index in far.nonzero()[:, 0].split(_CHUNK_ROWS[0]):
-                kl[index], log_ratio = self._far_divergence(index)
-                ref_logp[index] = logp[index] + log_ratio
-            values = logp, ref_logp, kl, entropy
+            values = logp, *self._joint_values(logp), entropy
         for target, value in zip(out, values, strict=True):
             target.copy_(value[:, 0])
 
-    def _policy_pass(self, block: slice, scratch: Tensor) -> None:
-        p, p_sum, x = self.p[block], self.p_sum[block], scratch[0]
-        peak = torch.amax(p, 1, keepdim=True, out=self.peak[block])
-        torch.exp(torch.sub(p, peak, out=x), out=p)
-        torch.sum(p, 1, keepdim=True, out=p_sum)
-        torch.sum(x.mul_(p), 1, keepdim=True, out=self.a_sum[block])
+    def _joint_values(self, logp: Tensor) -> tuple[Tensor, Tensor]:
+        """(log q(y), divergence), [n, 1] each."""
+        problem, here = self.problem, self.rows
+        if problem.divergence.read is not None:
+            ref_logp, value = logp + here.t_token - here.kl, here.other
+        elif problem.ref_logp is not None:
+            ref_logp = problem.ref_logp[self.start : self.start + len(logp), None]
+            value = (logp - ref_logp).add_(here.t.gather(1, here.tokens)).clamp_(min=0)
+        else:
+            value = here.kl
+            ref_logp = logp + here.t.gather(1, here.tokens) - value
+        for index in _where(~(here.t_max < _MAX_T)):  # also where it is NaN
+            value[index], log_ratio = self._far_divergence(index)
+            if problem.ref_logp is None:
+                ref_logp[index] = logp[index] + log_ratio
+        return ref_logp, value
 
-    def _joint_pass(self, block: slice, scratch: Tensor) -> None:
-        p, t, x, y = self.p[block], self.t[block], scratch[0], scratch[1]
+    def _policy_pass(self, block: Block, scratch: Scratch) -> None:
+        p, x = block.p, scratch[0]
+        torch.amax(p, 1, keepdim=True, out=block.peak)
+        torch.exp(torch.sub(p, block.peak, out=x), out=p)
+        torch.sum(p, 1, keepdim=True, out=block.p_sum)
+        torch.sum(x.mul_(p), 1, keepdim=True, out=block.a_sum)
+
+    def _joint_pass(self, block: Block, scratch: Scratch) -> None:
+        p, t, x = block.p, block.t, scratch[0]
         t.sub_(p)
         self._policy_pass(block, scratch)
-        mean = torch.sum(torch.mul(p, t, out=x), 1, keepdim=True, out=self.t_mean[block])
-        t.sub_(mean.div_(self.p_sum[block]))
-        torch.amax(t, 1, keepdim=True, out=self.t_max[block])
-        torch.exp(t, out=x)
-        # expm1(t) = tanh(t/2)(eᵗ + 1) keeps every digit near 0, in a quarter of expm1's time.
-        torch.mul(t, 0.5, out=y).tanh_().addcmul_(y, x).sub_(t)
-        torch.sum(y.mul_(p), 1, keepdim=True, out=self.phi_sum[block])
+        torch.sum(torch.mul(p, t, out=x), 1, keepdim=True, out=block.t_mean)
+        t.sub_(block.t_mean.div_(block.p_sum))
+        if self.problem.ref_logp is not None:
+            # The KL follows from log q(y), also where p underflows; NaN marks rows with −inf.
+            torch.sub(block.t_mean, block.t_mean, out=block.t_max)
+            return
+        torch.amax(t, 1, keepdim=True, out=block.t_max)
+        torch.exp(t, out=x).sub_(t).sub_(1).mul_(p)
+        torch.sum(x, 1, keepdim=True, out=block.phi_sum)
+        for index in _where(block.phi_sum < _NEAR * block.p_sum):
+            block.phi_sum[index] = _small_phi_sum(p[index], t[index])
         self._other_pass(block, scratch)
 
-    def _kernel_pass(self, kernels: ModuleType, n: int) -> None:
-        t = None if self.problem.ref is None else self.t[:n]
+    def _kernel_pass(self, kernels: ModuleType) -> None:
+        here = self.rows
+        t = None if self.problem.ref is None else here.t
         names = ("peak", "p_sum", "a_sum", "t_mean", "t_max", "phi_sum")
-        kernels.read_rows(self.p[:n], t, {name: getattr(self, name) for name in names})
+        kernels.read_rows(here.p, t, {name: getattr(here, name) for name in names})
         if t is not None:
             self._each_block(self._other_pass)
 
-    def _other_pass(self, block: slice, scratch: Tensor) -> None:
+    def _other_pass(self, block: Block, scratch: Scratch) -> None:
         """The divergence asked for, if it is not D_KL(policy ‖ ref)."""
         if (read := self.problem.divergence.read) is None:
             return
-        p, t, tokens = self.p[block], self.t[block], self.tokens[block]
-        self.t_token[block] = t.gather(1, tokens)  # t itself is overwritten
-        rows = Rows(p, self.p_sum[block], t, self._kl(block), tokens, tuple(scratch))
-        self.other[block] = read(rows, self.differentiate)
-
-    def _kl(self, block: slice) -> Tensor:
-        """D_KL(policy ‖ ref) [n, 1] of rows that were read."""
-        # φ ≥ 0: the clamp removes rounding (below 1e-13 nats), and keeps NaN.
-        return (self.phi_sum[block] / self.p_sum[block]).log1p_().clamp_(min=0)
+        block.t_token.copy_(block.t.gather(1, block.tokens))  # t itself is overwritten
+        rows = Rows(block.p, block.p_sum, block.t, block.kl, block.tokens, scratch)
+        block.other.copy_(read(rows, self.differentiate))
 
     def _far_divergence(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """(divergence, log q(y)/p(y)) of rows where p underflows, q does not, or −inf forbids.
 
         Their logits are multiplied anew, and the definitions of `rlkl.kl.divergences` summed.
         """
-        problem, rows = self.problem, index + self.rows.start
-        tokens = problem.tokens[rows, None]
-        a, b = (torch.empty_like(self.p[: len(rows)]) for _ in range(2))
+        problem, here, tokens = self.problem, self.rows, self.rows.tokens[index]
+        rows = index + self.start
+        a, b = (torch.empty_like(here.p[: len(rows)]) for _ in range(2))
         assert problem.ref is not None
         problem.policy.logits(rows, a)
         problem.ref.logits(rows, b)
@@ -288,7 +352,7 @@ class Chunk:
                 (gradient,) = torch.autograd.grad(value.sum(), a)
             # The gradient is −p ⊙ t, and must be where p underflows too.
             p = logp.exp().clamp_(min=_SMALLEST_P)
-            self.p[index], self.p_sum[index], self.t[index] = p, 1.0, -gradient / p
+            here.p[index], here.p_sum[index], here.t[index] = p, 1.0, -gradient / p
         else:
             value = problem.divergence.dense(a, b, tokens)
         return value.detach()[:, None], (logq - logp).gather(1, tokens)
@@ -298,46 +362,60 @@ class Chunk:
 
         g_logp onehot(y) − p ⊙ (g_kl t + g_logp + g_entropy (log p + H)), in p's buffer.
         """
-        n = self.rows.stop - self.rows.start
-        p_sum = self.p_sum[:n]
-        # The factor of p is a row constant, plus row slopes times t and log(p · p_sum).
-        constant = torch.zeros_like(p_sum)
-        t_slope = log_slope = None
-        if (g_logp := given.get("policy_logp")) is not None:
-            constant -= g_logp[:, None]
-        if (g_kl := given.get("kl")) is not None:
-            t_slope = g_kl[:, None] / -p_sum
-        if (g_entropy := given.get("entropy")) is not None:
-            log_slope = g_entropy[:, None] / -p_sum
-            constant -= g_entropy[:, None] * (stats[-1][:, None] - p_sum.log())
-        constant /= p_sum
+        here, p_sum = self.rows, self.rows.p_sum
+        g_logp, g_kl, g_entropy = map(given.get, ("policy_logp", "kl", "entropy"))
+        here.constant.zero_()
+        if g_logp is not None:
+            here.constant.sub_(g_logp[:, None])
+        if g_kl is not None:
+            torch.div(g_kl[:, None], -p_sum, out=here.t_factor)
+        if g_entropy is not None:  # log p = log(p · p_sum) − log p_sum
+            torch.div(g_entropy[:, None], -p_sum, out=here.log_factor)
+            here.constant.sub_(g_entropy[:, None] * (stats[-1][:, None] - p_sum.log()))
+        here.constant.div_(p_sum)
         scattered = None if g_logp is None else g_logp[:, None].to(p_sum.dtype)
-        slope = None if self.slope is None else self.slope[:n]
         if self.kernels is not None:
-            t = None if t_slope is None else self.t[:n]
             self.kernels.gradient_rows(
-                self.p[:n], t, slope, self.tokens, constant, t_slope, log_slope, scattered
+                here.p,
+                None if g_kl is None else here.t,
+                here.slope if here.slope.numel() else None,
+                here.tokens,
+                here.constant,
+                None if g_kl is None else here.t_factor,
+                None if g_entropy is None else here.log_factor,
+                scattered,
             )
-            return self.p[:n]
+            return here.p
 
-        def work(block: slice, scratch: Tensor) -> None:
-            p = self.p[block]
-            factor = constant[block]
-            if t_slope is not None:
-                factor = self.t[block].mul_(t_slope[block]).add_(factor)
-            if log_slope is not None:
-                log_p = _log(p, out=scratch[0])
-                factor = log_p.mul_(log_slope[block]).add_(factor)
-            p.mul_(factor)
-            if slope is not None:
-                p.mul_(slope[block])
+        def work(block: Block, scratch: Scratch) -> None:
+            factor = block.constant
+            if g_kl is not None:
+                factor = block.t.mul_(block.t_factor).add_(factor)
+            if g_entropy is not None:
+                factor = _log(block.p, out=scratch[0]).mul_(block.log_factor).add_(factor)
+            block.p.mul_(factor)
+            if block.slope.numel():
+                block.p.mul_(block.slope)
 
         self._each_block(work)
         if scattered is not None:
-            if slope is not None:
-                scattered = scattered * slope.gather(1, self.tokens)
-            self.p[:n].scatter_add_(1, self.tokens, scattered)
-        return self.p[:n]
+            if here.slope.numel():
+                scattered = scattered * here.slope.gather(1, here.tokens)
+            here.p.scatter_add_(1, here.tokens, scattered)
+        return here.p
+
+
+def _where(mask: Tensor) -> Sequence[Tensor]:
+    """The rows where a mask [n, 1] is true, some at a time."""
+    index = mask[:, 0].nonzero()[:, 0]
+    return index.split(_CHUNK_ROWS[0]) if len(index) else ()
+
+
+def _small_phi_sum(p: Tensor, t: Tensor) -> Tensor:
+    """Σ p (eᵗ − 1 − t) [n, 1] with all its digits, however small t is."""
+    # expm1(t) = tanh(t/2)(eᵗ + 1) keeps every digit near 0, in a quarter of expm1's time.
+    expm1 = (t * 0.5).tanh_().mul_(t.exp().add_(1))
+    return expm1.sub_(t).mul_(p).sum(1, keepdim=True)
 
 
 def _log(p: Tensor, out: Tensor | None = None) -> Tensor:

@@ -175,6 +175,7 @@ def fused_token_loss(
     tokens: Int[Tensor, " N"],
     *per_token: Tensor,
     divergence: str | Divergence | TopK = "rkl",
+    ref_logp: Float[Tensor, " N"] | None = None,
     policy_bias: Float[Tensor, " V"] | None = None,
     ref_bias: Float[Tensor, " W"] | None = None,
     temperature: float = 1.0,
@@ -187,6 +188,11 @@ def fused_token_loss(
     The logits are multiplied once: when this returns, the gradients of policy_hidden and of all
     parts of policy_head are ready, and `loss.backward()` hands them out, times the upstream scalar.
     Under torch.no_grad only the value is computed.
+
+    With `ref_logp`, log q(y) of these tokens from an earlier call, the reference is not normalised
+    again: in PPO it stays the same over the epochs of a rollout. The KL is then log π(y) − log q(y)
+    + t_y. Its gradient has all its digits still (exactly 0 for identical models), but the value is
+    rounded by about 1e-6 nats: it serves a loss; report the KL of `fused_token_stats`.
 
     The gradient flows through the statistics alone: per_token holds constants, and tensors that
     loss_fn closes over get no gradient. All other arguments are those of `fused_token_stats`.
@@ -202,6 +208,7 @@ def fused_token_loss(
         tokens: the sampled tokens.
         *per_token: tensors with N rows: advantages, old log-probabilities, coefficients.
         divergence: what `kl` is.
+        ref_logp: log q(y), where it is known; only with D_KL(policy ‖ ref).
         policy_bias: added to the policy's logits.
         ref_bias: added to the reference's logits.
         temperature: sampling temperature.
@@ -214,7 +221,8 @@ def fused_token_loss(
 
     Raises:
         ValueError: as `fused_token_stats`; also for a per_token of another length or that requires
-            a gradient, and a loss_fn that does not return a scalar.
+            a gradient, a loss_fn that does not return a scalar, and a ref_logp of another shape or
+            beside another divergence.
 
     Example:
         >>> import torch
@@ -239,6 +247,7 @@ def fused_token_loss(
         vocab_size=vocab_size,
         chunk_size=chunk_size,
         gemm_dtype=gemm_dtype,
+        ref_logp=ref_logp,
     )
     chunk_loss = _ChunkLoss(loss_fn, problem, per_token)
     differentiate = torch.is_grad_enabled()

@@ -57,7 +57,7 @@ class ModuleHead(NamedTuple):
 def head_logits(head: OutputHead | ModuleHead, hidden: Float[Tensor, "*B H"]) -> Tensor:
     """Logits `[..., V]` of some hidden states, whole, in the dtype of the head: for sampling."""
     if isinstance(head, ModuleHead):
-        logits = head.module(hidden)
+        logits = _call(head.module, hidden)
     else:
         logits = nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
         for a, b, scale in head.adapters:
@@ -224,7 +224,7 @@ class ModuleProduct(Product):
 
     def call(self, hidden: Tensor) -> Tensor:
         """What is multiplied, [n, V], differentiable if autograd is on."""
-        return self.module(hidden)[:, : self.vocab].to(self.dtype) * self.scale
+        return _call(self.module, hidden)[:, : self.vocab].to(self.dtype) * self.scale
 
     def _multiply(self, rows: slice | Tensor, out: Tensor) -> None:
         out.copy_(self.call(self.hidden[rows]))
@@ -251,6 +251,12 @@ class _ModuleGradients(Gradients):
         for (x, total), part in zip(pairs, found, strict=True):
             if part is not None:
                 (total[rows] if x is hidden else total).add_(part)
+
+
+def _call(module: nn.Module, hidden: Tensor) -> Tensor:
+    """The module on hidden states of any precision, in its own."""
+    dtype = next((x.dtype for x in module.parameters()), hidden.dtype)
+    return module(hidden.to(dtype))
 
 
 def _trained(module: nn.Module) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ from rlkl.kl import (
     LowRank,
     ModuleHead,
     OutputHead,
+    fused_token_logp,
     fused_token_loss,
     fused_token_stats,
     get_divergence,
@@ -144,6 +145,24 @@ def test_any_module_can_be_a_head(softcap):
     assert_close(gradients(loss, leaves), expected, 1e-8, 1e-10)
     as_reference = fused_token_stats(hidden, head, hidden, head, case.tokens)
     assert (as_reference.kl == 0).all()
+
+
+@pytest.mark.parametrize("hidden_dtype", [torch.bfloat16, torch.float32])
+def test_a_module_in_16_bits_takes_hidden_states_of_any_precision(hidden_dtype):
+    torch.manual_seed(0)
+    case, module = make(), Bottleneck().bfloat16()
+    head = ModuleHead(module, 101)
+    hidden = case.policy_hidden.to(torch.bfloat16)
+    expected = module(hidden)
+    hidden = hidden.to(hidden_dtype).requires_grad_()
+    assert (head_logits(head, hidden) == expected).all()
+    stats = fused_token_logp(hidden, head, case.tokens, chunk_size=10)
+    assert stats.policy_logp.dtype == torch.float32
+    logp = expected.float().log_softmax(-1).gather(1, case.tokens[:, None])[:, 0]
+    torch.testing.assert_close(stats.policy_logp, logp)
+    (gradient,) = torch.autograd.grad(stats.policy_logp.sum(), hidden)
+    assert gradient.dtype == hidden_dtype
+    assert (gradient != 0).any()
 
 
 def test_heads_that_do_not_fit_are_refused_by_name():
