@@ -26,6 +26,7 @@ from rlkl.rollout.given import given_responses
 from rlkl.rollout.records import scatter_tokens
 from rlkl.trainers.distill_config import DistillConfig
 from rlkl.trainers.metrics import MetricsFile, average_steps
+from rlkl.trainers.progress import closing_callbacks
 from rlkl.trainers.step import StepClock
 from rlkl.trainers.tracking import WandbMirror, wandb_run
 
@@ -277,7 +278,8 @@ class DistillTrainer(Trainer):
         """Trainer.train, in a W&B run of the group that the loss names."""
         tags = ["distill", self.args.loss, type(self).__name__]
         resume = bool(resume_from_checkpoint)
-        with wandb_run(self.args, self.args.to_dict(), self.args.loss, tags, resume):
+        run = wandb_run(self.args, self.args.to_dict(), self.args.loss, tags, resume)
+        with run, closing_callbacks(self):
             return super().train(resume_from_checkpoint, **kwargs)
 
     def evaluate(

@@ -55,6 +55,7 @@ from rlkl.rollout.summary import summarise, token_kl
 from rlkl.trainers.config import PPOConfig
 from rlkl.trainers.metrics import MetricsFile, average_steps
 from rlkl.trainers.policy_loss import PolicyLoss
+from rlkl.trainers.progress import closing_callbacks
 from rlkl.trainers.step import StepClock, Update, explained_variance, update_metrics
 from rlkl.trainers.tracking import WandbMirror, log_completions, wandb_run
 
@@ -408,7 +409,8 @@ class PPOTrainer(Trainer):
         """Trainer.train, in a W&B run of the experiment's group (estimator and placement)."""
         names = [self.estimator.name, str(self.placement), type(self).__name__]
         resume = bool(resume_from_checkpoint)
-        with wandb_run(self.args, self.args.to_dict(), "-".join(names[:2]), names, resume):
+        run = wandb_run(self.args, self.args.to_dict(), "-".join(names[:2]), names, resume)
+        with run, closing_callbacks(self):
             return super().train(resume_from_checkpoint, **kwargs)
 
     # ---- what surrounds a step -------------------------------------------------------------------

@@ -1,12 +1,52 @@
 """A progress bar with what a step measured, and a Ctrl-C that loses nothing."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+
+class ClosingCallback(TrainerCallback):
+    """A callback that takes something while training runs (the screen, a signal) and gives it back.
+
+    transformers tells its callbacks of the end of a training, not of one that raised; inside
+    `closing_callbacks` both close them.
+    """
+
+    def close(self) -> None:
+        """Gives back what was taken; nothing if it was given back already."""
+        raise NotImplementedError
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Gives it back."""
+        self.close()
+
+
+@contextmanager
+def closing_callbacks(trainer: Trainer) -> Iterator[None]:
+    """Closes the trainer's callbacks when the block ends, whether it raises or not."""
+    try:
+        yield
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ClosingCallback):
+                callback.close()
 
 
 def reward_and_kl(logs: dict[str, float]) -> str | None:
@@ -18,7 +58,7 @@ def reward_and_kl(logs: dict[str, float]) -> str | None:
     return f"reward {reward:+.2f} ± {reward_se:.2f}   KL {kl:.2f} ± {kl_se:.2f} nats"
 
 
-class RichProgress(TrainerCallback):
+class RichProgress(ClosingCallback):
     """One line: steps done, what the last logged step measured, time left.
 
     Args:
@@ -71,25 +111,21 @@ class RichProgress(TrainerCallback):
         if self.progress is not None and measured is not None:
             self.progress.update(self.task, completed=state.global_step, measured=measured)
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def close(self) -> None:
         """Closes the bar."""
         if self.progress is not None:
             self.progress.stop()
+            self.progress = None
 
 
-class StopOnInterrupt(TrainerCallback):
+class StopOnInterrupt(ClosingCallback):
     """The first Ctrl-C ends training after the step in work, with a checkpoint; the second at
     once.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self._listening = False
 
     def on_train_begin(
         self,
@@ -100,6 +136,7 @@ class StopOnInterrupt(TrainerCallback):
     ) -> None:
         """Listens for Ctrl-C."""
         self._before = signal.signal(signal.SIGINT, self._interrupt)
+        self._listening = True
 
     def _interrupt(self, number: int, frame: Any) -> None:
         if self.requested:
@@ -118,12 +155,8 @@ class StopOnInterrupt(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def close(self) -> None:
         """Gives the signal back."""
-        signal.signal(signal.SIGINT, self._before)
+        if self._listening:
+            signal.signal(signal.SIGINT, self._before)
+            self._listening = False
