@@ -79,7 +79,7 @@ def run() -> None:
     console = Console()
     with refusing_bad_input():
         parser = SettingsParser(
-            (DistillArguments, DistillConfig, ModelConfig),  # pyright: ignore[reportArgumentType]
+            (DistillArguments, DistillConfig, ModelConfig),
             description=__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from rlkl.evaluation.judge import Judge
 from rlkl.evaluation.text import distinct_n, rouge_l, self_bleu
 from rlkl.rollout import (
+    DivergenceRecord,
     Responses,
     divergence_statistics,
     given_responses,
@@ -29,6 +30,9 @@ class StudentEvaluation:
     ``judge/*`` of the student's samples."""
     samples: Responses
     """The student's responses."""
+    records: dict[str, DivergenceRecord]
+    """What the means are of, per token: ``held_out`` on the given completions, where there are any,
+    and ``own`` on the samples."""
 
 
 def evaluate_student(
@@ -94,9 +98,9 @@ def evaluate_student(
             max_prompt_length=max_prompt_length,
             device=samples.tokens.device,
         )
-    metrics = {}
+    metrics, records = {}, {}
     for name, responses in sets.items():
-        record = divergence_statistics(
+        record = records[name] = divergence_statistics(
             student,
             teacher,
             responses,
@@ -117,7 +121,7 @@ def evaluate_student(
             for name in ("quality", "diversity"):
                 mean, stderr = judgement.mean(name)
                 metrics |= {f"judge/{name}": float(mean), f"judge/{name}_se": float(stderr)}
-    return StudentEvaluation(metrics, samples)
+    return StudentEvaluation(metrics, samples, records)
 
 
 def text_metrics(

@@ -15,6 +15,7 @@ from rlkl.data import collate_prompts
 from rlkl.kl import TokenStats, fused_logp_loss, fused_token_loss, future_kl
 from rlkl.kl.chunked import vocabulary_of
 from rlkl.models import output_head, response_hidden
+from rlkl.rl import leave_one_out_mean
 from rlkl.rollout import Responses, sample_responses
 from rlkl.rollout.divergence import (
     DivergenceRecord,
@@ -46,7 +47,11 @@ class DistillTrainer(Trainer):
     With ``"sequence"`` it follows the gradient of the sequence KL, D_KL(student ‖ teacher) =
     E_student[Σ_t D_t]:
 
-        ∇ = E[ Σ_t ∇D_t + Σ_t ∇log student(y_t) Σ_{s>t} D_s ]
+        ∇ = E[ Σ_t ∇D_t + Σ_t ∇log student(y_t) (Σ_{s>t} D_s − b_t) ]
+
+    with b_t the mean of Σ_{s>t} D_s over the batch's other responses (`leave_one_out_mean`), which
+    changes no expectation. As every loss here it is divided by the batch's tokens: their number is
+    random where responses end by themselves, and the direction then right up to O(1/B).
 
     Reference: On-Policy Distillation of Language Models (Agarwal et al., 2023),
     https://arxiv.org/abs/2306.13649; MiniLLM (Gu et al., 2023), https://arxiv.org/abs/2306.08543;
@@ -201,7 +206,7 @@ class DistillTrainer(Trainer):
         tokens = responses.tokens[responses.mask]
         future = torch.zeros_like(tokens, dtype=torch.float32)
         if on_policy and args.on_policy_gradient == "sequence":
-            future = self.future(responses, student, teacher)
+            future = self.excess_future(responses, student, teacher)
 
         def token_loss(stats: TokenStats, future: Tensor) -> Tensor:
             return scale * (stats.kl + future * stats.policy_logp).sum()
@@ -223,12 +228,17 @@ class DistillTrainer(Trainer):
         return loss, parts
 
     @torch.no_grad()
-    def future(self, responses: Responses, student: Tensor, teacher: Tensor) -> Tensor:
-        """Σ_{s>t} D_s, the KL at the prefixes that y_t leads to, [N] nats, detached."""
-        tokens = responses.tokens[responses.mask]
-        _, stats = self._token_loss(lambda stats: stats.kl.sum(), student, teacher, tokens)
-        k = scatter_tokens(stats.kl, responses.mask)
-        return future_kl(k, responses.mask, own_token=False)[responses.mask].float()
+    def excess_future(self, responses: Responses, student: Tensor, teacher: Tensor) -> Tensor:
+        """Σ_{s>t} D_s, the KL at the prefixes that y_t leads to, above that of the other responses.
+
+        [N] nats, detached.
+        """
+        mask = responses.mask
+        _, stats = self._token_loss(
+            lambda stats: stats.kl.sum(), student, teacher, responses.tokens[mask]
+        )
+        future = future_kl(scatter_tokens(stats.kl, mask), mask, own_token=False)
+        return (future - leave_one_out_mean(future, mask))[mask].float()
 
     def _token_loss(
         self, loss_fn: Any, student: Tensor, teacher: Tensor, tokens: Tensor, *per_token: Tensor
