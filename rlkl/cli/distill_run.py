@@ -36,6 +36,7 @@ from rlkl.evaluation.student import StudentEvaluation, evaluate_student
 from rlkl.models import check_same_tokenizer, load_causal_lm, load_tokenizer
 from rlkl.trainers import DistillConfig, DistillTrainer, RichProgress, StopOnInterrupt
 from rlkl.trainers.distill_metrics import both_directions
+from rlkl.trainers.tracking import log_final
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -93,23 +94,25 @@ def run() -> None:
         trainer, tokenizer, held_out, judge = _prepare(task, args, model_args, console)
         output_dir = Path(str(args.output_dir))
         checkpoint = _unfinished(output_dir, {**asdict(task), **args.to_dict()}, console)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.state.global_step < trainer.state.max_steps:
-        console.print(
-            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; "
-            "the same command goes on from there"
-        )
-        raise SystemExit(130)
-    trainer.save_model(str(output_dir / "student"))
-    tokenizer.save_pretrained(output_dir / "student")
-    summary = {}
-    for name, data in held_out.items():
-        evaluation = _evaluate(name, data, trainer, tokenizer, judge, args, console)
-        summary[name] = evaluation.metrics
-        rows = zip(evaluation.samples.prompts, evaluation.samples.texts, strict=True)
-        lines = (json.dumps({"prompt": p, "response": r}) + "\n" for p, r in rows)
-        (output_dir / f"samples_{name}.jsonl").write_text("".join(lines))
-    (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    with trainer.tracked(resume=checkpoint is not None):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.state.global_step < trainer.state.max_steps:
+            console.print(
+                f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; "
+                "the same command goes on from there"
+            )
+            raise SystemExit(130)
+        trainer.save_model(str(output_dir / "student"))
+        tokenizer.save_pretrained(output_dir / "student")
+        summary = {}
+        for name, data in held_out.items():
+            evaluation = _evaluate(name, data, trainer, tokenizer, judge, args, console)
+            summary[name] = evaluation.metrics
+            rows = zip(evaluation.samples.prompts, evaluation.samples.texts, strict=True)
+            lines = (json.dumps({"prompt": p, "response": r}) + "\n" for p, r in rows)
+            (output_dir / f"samples_{name}.jsonl").write_text("".join(lines))
+        (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        log_final(summary)
     _print(summary, console)
     console.print(
         f"Written to {output_dir}: student/ (for from_pretrained), metrics.jsonl, summary.json, "

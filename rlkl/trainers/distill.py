@@ -1,6 +1,7 @@
 """Distillation on transformers.Trainer: a student towards its teacher, by any divergence."""
 
 import math
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -283,11 +284,18 @@ class DistillTrainer(Trainer):
 
     # ---- what surrounds a step -------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Trainer.train, in a W&B run of the group that the loss names."""
+    def tracked(self, resume: bool = False) -> AbstractContextManager[None]:
+        """The W&B run of the group that the loss names; `train` opens it where none is open.
+
+        Around more than `train` it takes evaluations before and after too. `resume` goes on in the
+        run of the training that is resumed.
+        """
         tags = ["distill", self.args.loss, type(self).__name__]
-        resume = bool(resume_from_checkpoint)
-        with wandb_run(self.args, self.args.to_dict(), self.args.loss, tags, resume):
+        return wandb_run(self.args, self.args.to_dict(), self.args.loss, tags, resume)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Trainer.train, in its W&B run."""
+        with self.tracked(bool(resume_from_checkpoint)):
             return super().train(resume_from_checkpoint, **kwargs)
 
     def evaluate(

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from rlkl.cli.main import main
+from tests.offline_wandb import history, offline_records
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -77,6 +78,24 @@ def test_the_instruction_recipe_runs_from_prompts_to_rouge(folders, monkeypatch,
     samples = (folders / "out" / "samples_vicuna.jsonl").read_text().splitlines()
     assert len(samples) == 3
     assert "ROUGE-L" in capsys.readouterr().out
+
+
+# wandb's own code under Python 3.11 and pydantic 2
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_wandb_gets_the_final_metrics_in_the_run_of_the_training(folders, monkeypatch):
+    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(folders / "wandb-home"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("WANDB_X_DISABLE_STATS", "true")
+    assert run(monkeypatch, folders, report_to="wandb", logging_steps=1) == 0
+    rows = history(offline_records(folders / "out"))
+    assert any("train/divergence/akl" in row for row in rows)
+    (final,) = [row for row in rows if "final/selfinst/rouge_l" in row]
+    summary = json.loads((folders / "out" / "summary.json").read_text())
+    for name, metrics in summary.items():
+        for key, value in metrics.items():
+            assert final[f"final/{name}/{key}"] == pytest.approx(value)
 
 
 def test_a_stopped_run_goes_on_and_refuses_other_settings(folders, monkeypatch, capsys):

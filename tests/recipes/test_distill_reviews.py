@@ -166,7 +166,7 @@ def test_one_seed_has_no_errors_and_its_summary_is_json(recipe, tmp_path):
             "seconds": 2.0,
             "cpu_seconds": 1.0,
             "metrics": dict.fromkeys(recipe.COLUMNS, 0.5),
-            "per_prompt": dict.fromkeys(recipe.DIVERGENCE_COLUMNS, [[1.0, 2.0], [2.0, 4.0]]),
+            "per_prompt": {key: [[1.0, 2.0], [2.0, 4.0]] for key in recipe.DIVERGENCE_COLUMNS},
             "course": [{"step": 0, "fkl": 1.0, "rkl": 1.0}],
         }
         for loss in ("akl", "fkl")

@@ -1,17 +1,15 @@
 """W&B without a key: it never asks, writes below the output folder, and mirrors the files."""
 
 import json
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import wandb
 from transformers import TrainerCallback
-from wandb.proto import wandb_internal_pb2
 
 from rlkl.trainers import RaoBlackwellPPOTrainer
 from rlkl.trainers.tracking import wandb_mode
+from tests.offline_wandb import history, offline_records
 
 # wandb's own code under Python 3.11 and pydantic 2
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -35,43 +33,6 @@ def _no_key_and_nobody_to_ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
     monkeypatch.setattr("builtins.input", asked)
     monkeypatch.setattr("getpass.getpass", asked)
-
-
-def offline_records(folder: Path) -> list[wandb_internal_pb2.Record]:
-    """All records of the one offline run below a folder."""
-    (path,) = (folder / "wandb").glob("offline-run-*/*.wandb")
-    records = []
-    for data in leveldb_records(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        records.append(record)
-    return records
-
-
-def leveldb_records(data: bytes, block: int = 32768) -> Iterator[bytes]:
-    """Records of a LevelDB log: blocks that hold chunks of checksum, length, and place (7 bytes).
-
-    The file opens with a header of 7 bytes; a chunk is a record (1), or its first (2), middle (3)
-    or last part (4); what is left of a block that is too short for a chunk's header is padding.
-    """
-    position, record = 7, b""
-    while position + 7 <= len(data):
-        if block - position % block < 7:
-            position += block - position % block
-            continue
-        _, length, place = struct.unpack("<IHB", data[position : position + 7])
-        record += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if place in (1, 4):
-            yield record
-            record = b""
-
-
-def history(records: list[wandb_internal_pb2.Record]) -> list[dict]:
-    rows = [r.history.item for r in records if r.HasField("history")]
-    return [
-        {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in row} for row in rows
-    ]
 
 
 def test_without_a_key_runs_are_offline(monkeypatch):

@@ -1,0 +1,45 @@
+"""Reads an offline W&B run back, for tests that ask what was sent."""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from wandb.proto import wandb_internal_pb2
+
+
+def offline_records(folder: Path) -> list[wandb_internal_pb2.Record]:
+    """All records of the one offline run below a folder."""
+    (path,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    records = []
+    for data in leveldb_records(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        records.append(record)
+    return records
+
+
+def leveldb_records(data: bytes, block: int = 32768) -> Iterator[bytes]:
+    """Records of a LevelDB log: blocks that hold chunks of checksum, length, and place (7 bytes).
+
+    The file opens with a header of 7 bytes; a chunk is a record (1), or its first (2), middle (3)
+    or last part (4); what is left of a block that is too short for a chunk's header is padding.
+    """
+    position, record = 7, b""
+    while position + 7 <= len(data):
+        if block - position % block < 7:
+            position += block - position % block
+            continue
+        _, length, place = struct.unpack("<IHB", data[position : position + 7])
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if place in (1, 4):
+            yield record
+            record = b""
+
+
+def history(records: list[wandb_internal_pb2.Record]) -> list[dict]:
+    rows = [r.history.item for r in records if r.HasField("history")]
+    return [
+        {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in row} for row in rows
+    ]
