@@ -16,6 +16,7 @@ from rlkl.data import collate_prompts
 from rlkl.kl import TokenStats, fused_logp_loss, fused_token_loss, future_kl
 from rlkl.kl.chunked import vocabulary_of
 from rlkl.models import output_head, response_hidden
+from rlkl.models.language_model import check_positions
 from rlkl.rl import leave_one_out_mean
 from rlkl.rollout import Responses, sample_responses
 from rlkl.rollout.divergence import (
@@ -71,7 +72,7 @@ class DistillTrainer(Trainer):
 
     Raises:
         ValueError: columns that the settings do not work with, an empty text, a head smaller than
-            the tokenizer.
+            the tokenizer, lengths beyond a model's positions.
     """
 
     args: DistillConfig
@@ -100,6 +101,8 @@ class DistillTrainer(Trainer):
             model = get_peft_model(model, peft_config)  # pyright: ignore[reportArgumentType]
         self.divergence = args.divergence()
         self.vocab_size = shared_vocabulary(model, teacher_model, processing_class)
+        for each in (model, teacher_model):
+            check_positions(each, (args.max_prompt_length or 1) + args.response_length - 1)
         self.teacher = teacher_model.requires_grad_(False).eval()
         self.tokenizer = processing_class
         self._steps: list[dict[str, float]] = []
