@@ -26,8 +26,8 @@ class StudentEvaluation:
     metrics: dict[str, float]
     """Means and standard errors (``*_se``). ``held_out/*``: on the given completions, names of
     `rlkl.trainers.DISTILL_VOCABULARY`; ``own/*``: the same on the student's samples; ``perplexity``
-    of the given completions; ``rouge_l``, ``distinct_1``, ``distinct_2``, ``self_bleu``,
-    ``judge/*`` of the student's samples."""
+    of the given completions; ``rouge_l`` (on ``rouge_l_n`` of the ``prompts``), ``distinct_1``,
+    ``distinct_2``, ``self_bleu``, ``judge/*`` of the student's samples."""
     samples: Responses
     """The student's responses."""
     records: dict[str, DivergenceRecord]
@@ -110,6 +110,7 @@ def evaluate_student(
         )
         metrics |= {f"{name}/{k}": v for k, v in summarise_divergences(record).items()}
     student.train(was_training)
+    metrics["prompts"] = float(len(samples))
     metrics |= text_metrics(samples.texts, [completions[i] for i in answered], answered)
     if answered:
         nll = torch.tensor(metrics["held_out/student/nll_per_token"])

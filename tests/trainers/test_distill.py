@@ -394,6 +394,17 @@ def test_data_and_models_that_do_not_fit_are_refused(make_trainer, make_lm, pair
         make_trainer(teacher_model=make_lm(vocab_size=20))
 
 
+def test_a_prompt_that_leaves_no_room_for_its_response_is_refused(make_trainer):
+    long = Dataset.from_dict({"prompt": ["film " * 60] * 6, "completion": ["good"] * 6})
+    make_trainer(train_dataset=long, response_length=2).train()  # 1 + 60 + 2 tokens, 64 positions
+    with pytest.raises(ValueError, match="come to 66 tokens, and the model has 64 positions"):
+        make_trainer(train_dataset=long, on_policy_fraction=1.0).train()
+    long = Dataset.from_dict({"prompt": ["film " * 70] * 6, "completion": ["good"] * 6})
+    with pytest.raises(ValueError, match="set a smaller max_prompt_length or response_length"):
+        make_trainer(train_dataset=long, response_length=2).train()
+    make_trainer(train_dataset=long, response_length=2, max_prompt_length=60).train()
+
+
 def test_wandb_gets_what_the_file_gets(make_trainer, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     logged: list[dict[str, Any]] = []
