@@ -137,7 +137,9 @@ def draw_policies(experiment: Experiment) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--steps", type=int, default=STEPS, help="steps of gradient descent")
     parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE, help="on the logits")

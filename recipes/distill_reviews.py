@@ -6,19 +6,20 @@
     python recipes/distill_reviews.py --texts my_reviews.jsonl --output_dir runs/mine
 
 The teacher (the embedded review LM) writes a corpus; for each seed a student of a fifth of its size
-is warmed up on it by cross-entropy, and every loss starts from that same student and sees the same
-batches. Held-out prompts measure both directions: forward KL on the teacher's texts, reverse KL on
-the student's own samples, both exact per token. Ends with a table (mean ± standard error over
-seeds), the paired differences of AKL with their 95% intervals, and a plot of held-out KL over
-steps.
+begins with the teacher's embeddings, projected on as many principal directions as it is wide, and
+is warmed up on the corpus by cross-entropy. Every loss starts from that same student and sees the
+same batches. Held-out prompts measure both directions: forward KL on the teacher's texts, reverse
+KL on the student's own samples, both exact per token. Ends with a table (mean ± standard error over
+seeds), the paired differences of AKL with their 95% intervals over seeds and over prompts, and a
+plot of held-out KL over steps.
 
 Settings come from the YAML file (default: distill_reviews.yaml beside this script), then from the
-command line. What is finished is kept: the same command goes on where it was stopped.
+command line. What is finished is kept: the same command goes on where it was stopped, and processes
+with other --seeds may fill the same --output_dir.
 """
 
 import copy
 import json
-import math
 import os
 import shutil
 import time
@@ -39,6 +40,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from scipy.stats import t as student_t
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -50,9 +52,9 @@ from transformers.utils import logging
 from rlkl.cli import SettingsParser, refusing_bad_input
 from rlkl.data import EMBEDDED_EVAL_PROMPTS, EMBEDDED_TRAIN_PROMPTS, load_prompts, load_reviews
 from rlkl.evaluation.student import evaluate_student
-from rlkl.kl import fused_logp_loss
+from rlkl.kl import fused_logp_loss, sequence_kl
 from rlkl.models import load_causal_lm, load_tokenizer, output_head, response_hidden
-from rlkl.rollout import given_responses, sample_responses
+from rlkl.rollout import DivergenceRecord, given_responses, sample_responses
 from rlkl.trainers import DistillConfig, DistillTrainer, RichProgress, StopOnInterrupt
 from rlkl.trainers.distill_metrics import both_directions
 from rlkl.trainers.run_config import RunArguments
@@ -76,6 +78,7 @@ COLUMNS = {
     "distinct_2": ("distinct-2", "student's samples"),
     "self_bleu": ("self-BLEU", "student's samples"),
 }
+DIVERGENCE_COLUMNS = [key for key in COLUMNS if "divergence" in key]
 RIVALS = ("fkl", "rkl", "fkl_rkl")
 
 
@@ -90,14 +93,17 @@ class ReviewsArguments:
     teacher: str | None = field(
         default=None, metadata={"help": "Hub id or folder; None: the embedded review LM."}
     )
-    student_width: int = field(default=96, metadata={"help": "n_embd of the student."})
+    student_width: int = field(default=96, metadata={"help": "n_embd of the student, a GPT-2."})
     student_layers: int = field(default=4, metadata={"help": "n_layer of the student."})
     texts: str | None = field(
         default=None, metadata={"help": "Reviews to train on (jsonl or hub id); None: teacher's."}
     )
     corpus_size: int = field(default=4096, metadata={"help": "Training texts."})
     num_eval: int = field(default=256, metadata={"help": "Held-out prompts."})
-    warm_up_steps: int = field(default=256, metadata={"help": "Cross-entropy steps; 0: random."})
+    warm_up_steps: int = field(
+        default=256, metadata={"help": "Cross-entropy steps; 0: nothing but the embeddings."}
+    )
+    warm_up_batch_size: int = field(default=32, metadata={"help": "Texts a step."})
     warm_up_learning_rate: float = field(default=3e-3, metadata={"help": "Peak; falls to 0."})
     threads: int | None = field(
         default=None, metadata={"help": "CPU threads; None: torch's choice."}
@@ -108,7 +114,7 @@ def main() -> None:
     console = Console()
     with refusing_bad_input():
         parser = SettingsParser(
-            (ReviewsArguments, DistillConfig),  # pyright: ignore[reportArgumentType]
+            (ReviewsArguments, DistillConfig),
             description=__doc__,
         )
         task, args = parser.parse(str(HERE / "distill_reviews.yaml"))
@@ -121,8 +127,30 @@ def main() -> None:
         if task.threads is not None:
             torch.set_num_threads(task.threads)
         tokenizer, teacher = load_tokenizer(task.teacher), load_causal_lm(task.teacher).eval()
+        if teacher.config.model_type != "gpt2":
+            raise ValueError(
+                f"teacher is a {teacher.config.model_type}; the student's shape is known here for "
+                "gpt2 alone: use rlkl distill with a student of your own"
+            )
         output_dir = Path(str(args.output_dir))
         check_settings(output_dir, task, args)
+    try:
+        records = all_runs(output_dir, teacher, tokenizer, task, args, console)
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on with what is not finished")
+        raise SystemExit(130) from None
+    report(output_dir, records, console)
+
+
+def all_runs(
+    output_dir: Path,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: ReviewsArguments,
+    args: DistillConfig,
+    console: Console,
+) -> list[dict[str, Any]]:
+    """The record of every loss and seed, from the folder where it is there."""
     train_data = corpus(output_dir, "train", teacher, tokenizer, task, args, console)
     held_out = corpus(output_dir, "eval", teacher, tokenizer, task, args, console)
     records = []
@@ -132,12 +160,16 @@ def main() -> None:
             file = output_dir / "runs" / f"{loss}-seed{seed}" / "record.json"
             if not file.is_file():
                 record = run(loss, seed, student, teacher, tokenizer, train_data, held_out, args)
-                if record is None:
-                    console.print("stopped; the same command goes on with this run")
-                    raise SystemExit(130)
-                file.write_text(json.dumps(record, indent=2) + "\n")
+                write(file, json.dumps(record) + "\n")
             records.append(json.loads(file.read_text()))
-    report(output_dir, records, console)
+    return records
+
+
+def write(file: Path, text: str) -> None:
+    """Whole or not at all."""
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, file)
 
 
 def quiet() -> None:
@@ -205,9 +237,7 @@ def corpus(
                 )
             pairs = zip(responses.prompts, responses.texts, strict=True)
             rows = [{"prompt": prompt, "completion": text} for prompt, text in pairs]
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(temporary, file)
+        write(file, "".join(json.dumps(row) + "\n" for row in rows))
     return Dataset.from_list([json.loads(line) for line in file.read_text().splitlines()])
 
 
@@ -221,7 +251,7 @@ def warmed_up(
     args: DistillConfig,
     console: Console,
 ) -> PreTrainedModel:
-    """The student from which all losses of a seed start: random, then taught by cross-entropy."""
+    """The student from which all losses of a seed start: taught by cross-entropy."""
     folder = output_dir / "students" / f"seed{seed}"
     if folder.is_dir():
         return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
@@ -229,17 +259,21 @@ def warmed_up(
     config.n_embd, config.n_layer = task.student_width, task.student_layers
     torch.manual_seed(seed)
     student = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    begin_with_embeddings(student, teacher)
     share = student.num_parameters() / teacher.num_parameters()
     console.print(f"student: {student.num_parameters():,} parameters, {share:.0%} of the teacher")
     optimizer = torch.optim.AdamW(student.parameters(), lr=task.warm_up_learning_rate)
-    steps, batch_size = task.warm_up_steps, args.per_device_train_batch_size
+    steps, batch_size = task.warm_up_steps, task.warm_up_batch_size
     generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(data), generator=generator)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 20) * (1 - step / max(1, steps))
+        optimizer, lambda step: min(1.0, (step + 1) / 50) * (1 - step / max(1, steps))
     )
     with Progress(console=console, transient=True) as progress:
         for _ in progress.track(range(steps), description=f"warm-up, seed {seed}"):
-            rows = torch.randint(len(data), (batch_size,), generator=generator)
+            if len(order) < batch_size:  # the next pass over the corpus
+                order = torch.cat([order, torch.randperm(len(data), generator=generator)])
+            rows, order = order[:batch_size], order[batch_size:]
             batch = data[rows.tolist()]
             prompts = batch.get("prompt")
             completions = batch["text"] if prompts is None else batch["completion"]
@@ -261,8 +295,23 @@ def warmed_up(
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
-    student.save_pretrained(folder)
+    unfinished = folder.with_name(f"seed{seed}.tmp")
+    student.save_pretrained(unfinished)
+    os.replace(unfinished, folder)
     return student
+
+
+@torch.no_grad()
+def begin_with_embeddings(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """The teacher's embeddings E in the student's width: E V, V the first right singular vectors.
+
+    Cross-entropy alone would spend most of the warm-up on finding them.
+    """
+    embeddings = teacher.get_input_embeddings().weight
+    directions = torch.linalg.svd(embeddings.float(), full_matrices=False).Vh
+    own = student.get_input_embeddings().weight
+    width = min(own.shape[1], len(directions))
+    own[:, :width] = embeddings @ directions[:width].T
 
 
 def run(
@@ -274,9 +323,13 @@ def run(
     train_data: Dataset,
     held_out: Dataset,
     args: DistillConfig,
-) -> dict[str, Any] | None:
-    """One loss from the seed's student: its record, or None if it was stopped."""
-    begin = time.perf_counter()
+) -> dict[str, Any]:
+    """One loss from the seed's student: its record.
+
+    Raises:
+        KeyboardInterrupt: it was stopped.
+    """
+    begin, cpu_begin = time.perf_counter(), time.process_time()
     config = copy.deepcopy(args)
     config.loss, config.seed = loss, seed
     config.output_dir = str(Path(str(args.output_dir)) / "runs" / f"{loss}-seed{seed}")
@@ -300,7 +353,7 @@ def run(
     before = trainer.evaluate()
     trainer.train()
     if trainer.state.global_step < trainer.state.max_steps:
-        return None
+        raise KeyboardInterrupt
     evaluation = evaluate_student(
         trainer.model,
         teacher,
@@ -316,7 +369,12 @@ def run(
         "seed": seed,
         "steps": trainer.state.global_step,
         "seconds": round(time.perf_counter() - begin, 1),
+        "cpu_seconds": round(time.process_time() - cpu_begin, 1),
         "metrics": evaluation.metrics,
+        "per_prompt": {
+            key: per_prompt(evaluation.records[key.split("/")[0]], key.split("/")[-1])
+            for key in DIVERGENCE_COLUMNS
+        },
         "course": [
             {
                 "step": log["step"],
@@ -330,13 +388,20 @@ def run(
     }
 
 
+def per_prompt(record: DivergenceRecord, name: str) -> list[list[float]]:
+    """Σ_t of a divergence and the number of tokens, for each prompt."""
+    total = sequence_kl(record.divergences[name], record.mask)
+    return torch.stack([total, record.mask.sum(1)], 1).tolist()
+
+
 def report(output_dir: Path, records: list[dict[str, Any]], console: Console) -> None:
     """The table, the paired differences of AKL, the plot; all of it in summary.json too."""
     losses = list(dict.fromkeys(record["loss"] for record in records))
     seeds = sorted({record["seed"] for record in records})
     by_loss = {loss: {r["seed"]: r for r in records if r["loss"] == loss} for loss in losses}
-    table = Table(title=f"Held-out prompts, mean ± standard error; seeds: {len(seeds)}")
-    for name in ("loss", *(title for title, _ in COLUMNS.values()), "seconds"):
+    spread = "mean ± standard error over seeds" if len(seeds) > 1 else "one seed: no errors"
+    table = Table(title=f"Held-out prompts, seeds {', '.join(map(str, seeds))} ({spread})")
+    for name in ("loss", *(title for title, _ in COLUMNS.values()), "CPU s"):
         table.add_column(name, justify="left" if name == "loss" else "right")
     summary: dict[str, Any] = {"seeds": seeds, "losses": {}, "akl_minus": {}}
     for loss, runs in by_loss.items():
@@ -344,30 +409,30 @@ def report(output_dir: Path, records: list[dict[str, Any]], console: Console) ->
         for key in COLUMNS:
             mean, stderr = mean_and_error([r["metrics"][key] for r in runs.values()])
             values[key], values[f"{key}_se"] = mean, stderr
-            cells.append(f"{mean:.3f} ± {stderr:.3f}" if math.isfinite(stderr) else f"{mean:.3f}")
-        seconds = sum(r["seconds"] for r in runs.values()) / len(runs)
-        summary["losses"][loss] = values | {"seconds": round(seconds, 1)}
-        table.add_row(NAMES[loss], *cells, f"{seconds:.0f}")
+            cells.append(f"{mean:.3f}" if stderr is None else f"{mean:.3f} ± {stderr:.3f}")
+        for key in ("seconds", "cpu_seconds"):
+            values[key] = round(sum(r[key] for r in runs.values()) / len(runs), 1)
+        summary["losses"][loss] = values
+        table.add_row(NAMES[loss], *cells, f"{values['cpu_seconds']:.0f}")
     console.print(table)
     console.print("; ".join(f"{title}: {what}" for title, what in COLUMNS.values()))
     console.print(both_start(records))
     for rival in [r for r in RIVALS if r in by_loss and "akl" in by_loss]:
         line = []
-        for key in list(COLUMNS)[:3]:
-            common = sorted(set(by_loss["akl"]) & set(by_loss[rival]))
-            differences = [
-                by_loss["akl"][s]["metrics"][key] - by_loss[rival][s]["metrics"][key]
-                for s in common
-            ]
-            mean, half = paired_interval(differences)
-            summary["akl_minus"].setdefault(rival, {})[key] = {"mean": mean, "ci95": half}
-            line.append(f"{COLUMNS[key][0]} {mean:+.4f} ± {half:.4f} ({verdict(mean, half)})")
+        for key in DIVERGENCE_COLUMNS:
+            found = difference(by_loss["akl"], by_loss[rival], key)
+            summary["akl_minus"].setdefault(rival, {})[key] = found
+            half = "one seed" if found["ci95_seeds"] is None else f"± {found['ci95_seeds']:.4f}"
+            line.append(
+                f"{COLUMNS[key][0]} {found['mean']:+.4f} ({half}; ± {found['ci95_prompts']:.4f}): "
+                f"{found['verdict']}"
+            )
         console.print(f"AKL minus {NAMES[rival]}: " + "; ".join(line))
     console.print(
-        "± after a difference is a 95% interval (paired by seed, Student's t); below 0 AKL is "
-        "closer to the teacher."
+        "In brackets half of two 95% intervals (Student's t, paired): over seeds, and over prompts "
+        "for these students. Below 0 AKL is closer to the teacher; a verdict needs both."
     )
-    (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write(output_dir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     plot(output_dir, by_loss)
     console.print(f"Written to {output_dir}: summary.json, held_out.png, runs/*/record.json")
 
@@ -384,23 +449,60 @@ def both_start(records: list[dict[str, Any]]) -> str:
     )
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error over seeds; inf for a single one."""
+def mean_and_error(values: list[float]) -> tuple[float, float | None]:
+    """Mean and its standard error over seeds; None for a single one, which has no spread."""
     x = torch.tensor(values, dtype=torch.float64)
-    return float(x.mean()), float(x.std() / len(x) ** 0.5) if len(x) > 1 else math.inf
+    return float(x.mean()), float(x.std() / len(x) ** 0.5) if len(x) > 1 else None
 
 
-def paired_interval(differences: list[float]) -> tuple[float, float]:
-    """Mean difference and half of its 95% interval; inf for a single seed."""
+def difference(
+    ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]], key: str
+) -> dict[str, Any]:
+    """Mean over the common seeds of ours − theirs, and half of its two 95% intervals."""
+    seeds = sorted(set(ours) & set(theirs))
+    differences = [ours[s]["metrics"][key] - theirs[s]["metrics"][key] for s in seeds]
     mean, stderr = mean_and_error(differences)
-    if len(differences) < 2:
-        return mean, math.inf
-    return mean, float(student_t.ppf(0.975, len(differences) - 1)) * stderr
+    over_seeds = None if stderr is None else half_interval(stderr, len(seeds))
+    sums = (torch.tensor([runs[s]["per_prompt"][key] for s in seeds]) for runs in (ours, theirs))
+    over_prompts = interval_over_prompts(*sums)
+    return {
+        "mean": mean,
+        "ci95_seeds": over_seeds,
+        "ci95_prompts": over_prompts,
+        "verdict": verdict(mean, over_seeds, over_prompts),
+    }
 
 
-def verdict(mean: float, half: float) -> str:
-    """What the interval allows to say."""
-    if abs(mean) <= half:
+def half_interval(stderr: float, count: int) -> float:
+    """Half of the 95% interval of a mean of `count` values."""
+    return float(student_t.ppf(0.975, count - 1)) * stderr
+
+
+def interval_over_prompts(ours: Tensor, theirs: Tensor) -> float:
+    """Half of the 95% interval of the difference of two means per token, for other prompts.
+
+    Each is a ratio of sums, S / L, whose deviation due to prompt p is (S_p − R L_p) / ΣL.
+
+    Args:
+        ours: [seeds, prompts, 2], sums and numbers of tokens.
+        theirs: of the same seeds and prompts.
+    """
+    parts = []
+    for sums in (ours.double(), theirs.double()):
+        total = sums.sum(1, keepdim=True)
+        ratio = total[..., :1] / total[..., 1:]
+        parts.append((sums[..., :1] - ratio * sums[..., 1:]) / total[..., 1:])
+    deviation = (parts[0] - parts[1]).mean(0)  # [prompts, 1]
+    count = len(deviation)
+    stderr = float((deviation.square().sum() * count / (count - 1)).sqrt())
+    return half_interval(stderr, count)
+
+
+def verdict(mean: float, over_seeds: float | None, over_prompts: float) -> str:
+    """What the intervals allow to say."""
+    if over_seeds is None:
+        return "one seed says nothing of others"
+    if abs(mean) <= max(over_seeds, over_prompts):
         return "not told apart"
     return "AKL better" if mean < 0 else "AKL worse"
 

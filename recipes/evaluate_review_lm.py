@@ -29,7 +29,9 @@ from rlkl.rollout import sample_responses
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model_name_or_path", default=None, help="default: the embedded LM")
     parser.add_argument("--train_data", nargs="+", required=True, help="for the trigram model")

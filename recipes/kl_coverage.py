@@ -55,7 +55,7 @@ def main() -> None:
     console = Console()
     with refusing_bad_input():
         (args,) = SettingsParser(
-            (CoverageArguments,),  # pyright: ignore[reportArgumentType]
+            (CoverageArguments,),
             description=__doc__,
         ).parse()
         if args.repetitions < 2:

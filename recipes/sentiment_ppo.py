@@ -105,7 +105,7 @@ def main() -> None:
     begin = time.perf_counter()
     with refusing_bad_input():
         parser = SettingsParser(
-            SETTINGS,  # pyright: ignore[reportArgumentType]
+            SETTINGS,
             description=__doc__,
         )
         task, args, model_args = parser.parse(str(HERE / "sentiment_ppo.yaml"))

@@ -87,7 +87,9 @@ def build_workspace(entity: str, project: str, sweep: str) -> workspaces.Workspa
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--entity", required=True, help="W&B user or team")
     parser.add_argument("--project", default="rlkl", help="W&B project")

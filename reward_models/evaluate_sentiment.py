@@ -30,7 +30,9 @@ from rlkl.data.reviews import load_reviews
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--train_data", required=True, help="labelled: for the baseline")
     parser.add_argument("--test_data", required=True, help="labelled and held out")

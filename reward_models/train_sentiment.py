@@ -63,7 +63,9 @@ POSITIONS = 512
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--train_data", required=True, help="labelled: file or hub id (id:split)")
     parser.add_argument("--unlabelled_data", help="more reviews, for the teacher to label")

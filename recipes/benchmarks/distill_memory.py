@@ -71,7 +71,9 @@ def measure(way: str, loss_name: str, n: int, vocab: int, width: int) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--loss", default="akl", help=f"one of {', '.join(DIVERGENCES)}")
     parser.add_argument("--tokens", type=int, default=1024, help="N")

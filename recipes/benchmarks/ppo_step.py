@@ -77,7 +77,9 @@ MORE = [
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--trl_python", type=Path, help="Python of an environment with trl==1.12.0")
     parser.add_argument(

@@ -10,6 +10,7 @@ from the command line. A run that was stopped goes on when the same command is g
 
 import argparse
 import json
+import math
 import os
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,7 @@ from transformers.utils import logging
 from trl import ModelConfig, get_peft_config
 
 from rlkl.cli.errors import refusing_bad_input
+from rlkl.cli.json_output import write_json
 from rlkl.cli.settings import SettingsParser
 from rlkl.data import load_pairs
 from rlkl.evaluation.judge import JUDGE_PROMPT, Judge
@@ -36,6 +38,7 @@ from rlkl.evaluation.student import StudentEvaluation, evaluate_student
 from rlkl.models import check_same_tokenizer, load_causal_lm, load_tokenizer
 from rlkl.trainers import DistillConfig, DistillTrainer, RichProgress, StopOnInterrupt
 from rlkl.trainers.distill_metrics import both_directions
+from rlkl.trainers.tracking import log_final
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -79,7 +82,7 @@ def run() -> None:
     console = Console()
     with refusing_bad_input():
         parser = SettingsParser(
-            (DistillArguments, DistillConfig, ModelConfig),  # pyright: ignore[reportArgumentType]
+            (DistillArguments, DistillConfig, ModelConfig),
             description=__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -93,23 +96,25 @@ def run() -> None:
         trainer, tokenizer, held_out, judge = _prepare(task, args, model_args, console)
         output_dir = Path(str(args.output_dir))
         checkpoint = _unfinished(output_dir, {**asdict(task), **args.to_dict()}, console)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.state.global_step < trainer.state.max_steps:
-        console.print(
-            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; "
-            "the same command goes on from there"
-        )
-        raise SystemExit(130)
-    trainer.save_model(str(output_dir / "student"))
-    tokenizer.save_pretrained(output_dir / "student")
-    summary = {}
-    for name, data in held_out.items():
-        evaluation = _evaluate(name, data, trainer, tokenizer, judge, args, console)
-        summary[name] = evaluation.metrics
-        rows = zip(evaluation.samples.prompts, evaluation.samples.texts, strict=True)
-        lines = (json.dumps({"prompt": p, "response": r}) + "\n" for p, r in rows)
-        (output_dir / f"samples_{name}.jsonl").write_text("".join(lines))
-    (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    with trainer.tracked(resume=checkpoint is not None):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.state.global_step < trainer.state.max_steps:
+            console.print(
+                f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; "
+                "the same command goes on from there"
+            )
+            raise SystemExit(130)
+        trainer.save_model(str(output_dir / "student"))
+        tokenizer.save_pretrained(output_dir / "student")
+        summary = {}
+        for name, data in held_out.items():
+            evaluation = _evaluate(name, data, trainer, tokenizer, judge, args, console)
+            summary[name] = evaluation.metrics
+            rows = zip(evaluation.samples.prompts, evaluation.samples.texts, strict=True)
+            lines = (json.dumps({"prompt": p, "response": r}) + "\n" for p, r in rows)
+            (output_dir / f"samples_{name}.jsonl").write_text("".join(lines))
+        write_json(summary, str(output_dir / "summary.json"))
+        log_final(summary)
     _print(summary, console)
     console.print(
         f"Written to {output_dir}: student/ (for from_pretrained), metrics.jsonl, summary.json, "
@@ -231,6 +236,8 @@ def _evaluate(
 def _print(summary: dict[str, dict[str, float]], console: Console) -> None:
     """One column a held-out set; ± is a standard error over prompts."""
     rows = {
+        "prompts": "prompts",
+        "rouge_l_n": "of them with a reference",
         "held_out/divergence/fkl": "forward KL on the references, nats per token",
         "held_out/divergence/rkl": "reverse KL on the references, nats per token",
         "own/divergence/rkl": "reverse KL on its own samples, nats per token",
@@ -252,9 +259,10 @@ def _print(summary: dict[str, dict[str, float]], console: Console) -> None:
             continue
         cells = []
         for metrics in summary.values():
-            error = metrics.get(f"{key}_se")
-            value = f"{metrics[key]:.3f}" if key in metrics else "–"
-            cells.append(value if error is None else f"{value} ± {error:.3f}")
+            error = metrics.get(f"{key}_se", math.inf)  # inf: of a single prompt
+            digits = 0 if key in ("prompts", "rouge_l_n", "judge/failed") else 3
+            value = f"{metrics[key]:.{digits}f}" if key in metrics else "–"
+            cells.append(f"{value} ± {error:.3f}" if math.isfinite(error) else value)
         table.add_row(label, *cells)
     if summary:
         console.print(table)

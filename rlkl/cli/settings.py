@@ -1,6 +1,8 @@
 """Settings from YAML and the command line, as the training commands and recipes take them."""
 
+import argparse
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from trl import TrlParser
@@ -11,7 +13,24 @@ from rlkl.cli.errors import fail
 class SettingsParser(TrlParser):
     """TrlParser whose complaints are one line: dataclass fields, ``--config FILE``, command line
     over YAML.
+
+    An option is written out: an abbreviation could be meant for another one (``--loss`` for
+    ``--losses``), or become another one when settings are added.
     """
+
+    def __init__(
+        self,
+        dataclass_types: Sequence[type],
+        *,
+        description: str | None = None,
+        formatter_class: Any = argparse.ArgumentDefaultsHelpFormatter,
+    ) -> None:
+        super().__init__(
+            dataclass_types,  # pyright: ignore[reportArgumentType]
+            description=description,
+            formatter_class=formatter_class,
+            allow_abbrev=False,
+        )
 
     def error(self, message: str) -> NoReturn:
         """Says what is wrong without the several hundred lines of usage; exit code 2."""

@@ -26,8 +26,9 @@ def load_pairs(source: str | Path, references: str | Path | None = None) -> Data
 
     Args:
         source: a ``.jsonl``, ``.jsonl.xz``, ``.json`` or ``.csv`` file, or a hub id (``id:split``).
-        references: a file of answers with ``question_id`` and ``choices`` (Vicuna's reference
-            answers), joined to the rows of `source` by ``question_id``.
+        references: a file of answers with ``question_id`` and ``choices`` or ``text`` (FastChat's
+            two formats), joined to the rows of `source` by ``question_id``. Questions that it does
+            not answer have the completion "".
 
     Raises:
         FileNotFoundError: a file that is not there.
@@ -65,8 +66,10 @@ def _pair(row: dict[str, Any], answers: dict[Any, Any], source: str | Path) -> d
     if "instruction" in row:
         return _instruction(row["instruction"], row.get("input"), answer)
     if "turns" in row:
-        choices = answers.get(row.get("question_id"), {}).get("choices")
-        return _instruction(row["turns"][0], None, choices[0]["turns"][0] if choices else "")
+        reference = answers.get(row.get("question_id"), {})
+        choices = reference.get("choices")
+        answer = choices[0]["turns"][0] if choices else reference.get("text", "")
+        return _instruction(row["turns"][0], None, answer)
     if "text" in row:
         return {"text": row["text"]}
     raise ValueError(

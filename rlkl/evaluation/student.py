@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from rlkl.evaluation.judge import Judge
 from rlkl.evaluation.text import distinct_n, rouge_l, self_bleu
 from rlkl.rollout import (
+    DivergenceRecord,
     Responses,
     divergence_statistics,
     given_responses,
@@ -25,10 +26,13 @@ class StudentEvaluation:
     metrics: dict[str, float]
     """Means and standard errors (``*_se``). ``held_out/*``: on the given completions, names of
     `rlkl.trainers.DISTILL_VOCABULARY`; ``own/*``: the same on the student's samples; ``perplexity``
-    of the given completions; ``rouge_l``, ``distinct_1``, ``distinct_2``, ``self_bleu``,
-    ``judge/*`` of the student's samples."""
+    of the given completions; ``rouge_l`` (on ``rouge_l_n`` of the ``prompts``), ``distinct_1``,
+    ``distinct_2``, ``self_bleu``, ``judge/*`` of the student's samples."""
     samples: Responses
     """The student's responses."""
+    records: dict[str, DivergenceRecord]
+    """What the means are of, per token: ``held_out`` on the given completions, where there are any,
+    and ``own`` on the samples."""
 
 
 def evaluate_student(
@@ -94,9 +98,9 @@ def evaluate_student(
             max_prompt_length=max_prompt_length,
             device=samples.tokens.device,
         )
-    metrics = {}
+    metrics, records = {}, {}
     for name, responses in sets.items():
-        record = divergence_statistics(
+        record = records[name] = divergence_statistics(
             student,
             teacher,
             responses,
@@ -106,6 +110,7 @@ def evaluate_student(
         )
         metrics |= {f"{name}/{k}": v for k, v in summarise_divergences(record).items()}
     student.train(was_training)
+    metrics["prompts"] = float(len(samples))
     metrics |= text_metrics(samples.texts, [completions[i] for i in answered], answered)
     if answered:
         nll = torch.tensor(metrics["held_out/student/nll_per_token"])
@@ -117,7 +122,7 @@ def evaluate_student(
             for name in ("quality", "diversity"):
                 mean, stderr = judgement.mean(name)
                 metrics |= {f"judge/{name}": float(mean), f"judge/{name}_se": float(stderr)}
-    return StudentEvaluation(metrics, samples)
+    return StudentEvaluation(metrics, samples, records)
 
 
 def text_metrics(

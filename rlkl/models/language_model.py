@@ -1,6 +1,7 @@
 """Causal language models seen as trunk (hidden states) and head (hidden states to logits)."""
 
 import inspect
+import math
 import os
 from pathlib import Path
 from typing import cast
@@ -100,6 +101,26 @@ def trunk_of(model: nn.Module) -> PreTrainedModel:
     return cast(PreTrainedModel, causal_lm(model).base_model)
 
 
+def max_positions(model: nn.Module) -> float:
+    """Tokens that a text may have; inf where the model's config sets no limit."""
+    limit = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+    return math.inf if limit is None else limit
+
+
+def check_positions(model: nn.Module, length: int) -> None:
+    """Refuses more tokens than a model has positions for.
+
+    Raises:
+        ValueError: with the settings that shorten them.
+    """
+    limit = max_positions(model)
+    if length > limit:
+        raise ValueError(
+            f"prompt and response come to {length} tokens, and the model has {limit} positions: "
+            "set a smaller max_prompt_length or response_length"
+        )
+
+
 def response_hidden(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, response_length: int
 ) -> Tensor:
@@ -113,9 +134,14 @@ def response_hidden(
 
     Returns:
         [B, T, H]; entry t is the state at the prefix h_t. Differentiable in the model.
+
+    Raises:
+        ValueError: a text is longer than the model has positions for.
     """
     trunk = trunk_of(model)
     ids, mask = input_ids[:, :-1], attention_mask[:, :-1]
+    if ids.shape[1] > max_positions(model):  # padding included; counting costs a transfer
+        check_positions(model, int(mask.sum(1).max()))
     extra = {}
     if "position_ids" in inspect.signature(trunk.forward).parameters:
         extra["position_ids"] = position_ids(mask)

@@ -2,7 +2,7 @@
 alone.
 """
 
-from rlkl.rl.advantages import gae, whiten
+from rlkl.rl.advantages import gae, leave_one_out_mean, whiten
 from rlkl.rl.losses import clipped_policy_loss, clipped_value_loss
 from rlkl.rl.rewards import penalise_missing_eos, token_rewards
 
@@ -10,6 +10,7 @@ __all__ = [
     "clipped_policy_loss",
     "clipped_value_loss",
     "gae",
+    "leave_one_out_mean",
     "penalise_missing_eos",
     "token_rewards",
     "whiten",

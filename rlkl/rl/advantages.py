@@ -1,4 +1,4 @@
-"""Generalised advantage estimation and whitening over masked response tokens."""
+"""Generalised advantage estimation, leave-one-out baselines and whitening over response tokens."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -49,6 +49,38 @@ def gae(
         advantages[:, t] = (delta + gamma * lam * next_advantage).masked_fill(~mask[:, t], 0.0)
         next_value, next_advantage = values[:, t], advantages[:, t]
     return advantages, (advantages + values).masked_fill(~mask, 0.0)
+
+
+def leave_one_out_mean(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """At each position the mean of the other responses that reach it, as a baseline.
+
+    b_it = Σ_{j≠i} m_jt x_jt / Σ_{j≠i} m_jt, and 0 where no other response is that long. It does not
+    depend on response i, so that E[∇log π(y_it) b_it] = 0; the mean of all responses does depend on
+    it, and shrinks the gradient. The gain in variance is no law: it grows with the batch and with
+    what all responses have in common, and can be a loss where many end at once.
+
+    Reference: Buy 4 REINFORCE Samples, Get a Baseline for Free! (Kool et al., 2019),
+    https://openreview.net/forum?id=r1lgTGL5DE.
+
+    Args:
+        x: what follows from each token, such as a return or `rlkl.kl.future_kl`; responses are
+            independent draws.
+        mask: True at real tokens.
+
+    Returns:
+        `[B, T]` in the unit of `x`, without gradient, 0 where masked.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 9.0], [3.0, 0.0], [5.0, 0.0]])
+        >>> leave_one_out_mean(x, torch.tensor([[True, True], [True, False], [True, False]]))
+        tensor([[4., 0.],
+                [3., 0.],
+                [2., 0.]])
+    """
+    x = torch.where(mask, x, 0.0).detach()
+    others = mask.sum(0) - mask.long()
+    mean = (x.sum(0) - x) / others.clamp(min=1)
+    return torch.where(mask & (others > 0), mean, 0.0)
 
 
 def whiten(

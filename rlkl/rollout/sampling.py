@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlkl.kl import head_logits
 from rlkl.models import at_least_float32, output_head, position_ids
-from rlkl.models.language_model import causal_lm, trunk_of
+from rlkl.models.language_model import causal_lm, check_positions, trunk_of
 from rlkl.rollout.cache import reserved_cache
 from rlkl.rollout.records import Responses
 
@@ -155,11 +155,15 @@ def sample_responses(
         max_prompt_length: longest prompt in tokens; longer ones lose their beginning.
         vocab_size: real tokens, where the head is padded beyond them; None: all its rows.
         on_batch: called with the number of responses done in each batch, for a progress bar.
+
+    Raises:
+        ValueError: no prompts, an empty one, or more tokens than the model has positions for.
     """
     device = causal_lm(model).device
     prompt_ids, prompt_mask = encode_prompts(tokenizer, prompts, max_prompt_length)
     eos_token_ids = _eos_token_ids(model, tokenizer)
     lengths = prompt_mask.sum(1)
+    check_positions(model, int(lengths.max()) + max_new_tokens - 1)  # the last is not read
     order = torch.argsort(lengths, stable=True)
     pad_token_id = cast(int, tokenizer.pad_token_id)
     tokens = torch.full((len(prompts), max_new_tokens), pad_token_id)

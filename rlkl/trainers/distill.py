@@ -1,6 +1,7 @@
 """Distillation on transformers.Trainer: a student towards its teacher, by any divergence."""
 
 import math
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,8 @@ from rlkl.data import collate_prompts
 from rlkl.kl import TokenStats, fused_logp_loss, fused_token_loss, future_kl
 from rlkl.kl.chunked import vocabulary_of
 from rlkl.models import output_head, response_hidden
+from rlkl.models.language_model import check_positions
+from rlkl.rl import leave_one_out_mean
 from rlkl.rollout import Responses, sample_responses
 from rlkl.rollout.divergence import (
     DivergenceRecord,
@@ -47,7 +50,11 @@ class DistillTrainer(Trainer):
     With ``"sequence"`` it follows the gradient of the sequence KL, D_KL(student ‖ teacher) =
     E_student[Σ_t D_t]:
 
-        ∇ = E[ Σ_t ∇D_t + Σ_t ∇log student(y_t) Σ_{s>t} D_s ]
+        ∇ = E[ Σ_t ∇D_t + Σ_t ∇log student(y_t) (Σ_{s>t} D_s − b_t) ]
+
+    with b_t the mean of Σ_{s>t} D_s over the batch's other responses (`leave_one_out_mean`), which
+    changes no expectation. As every loss here it is divided by the batch's tokens: their number is
+    random where responses end by themselves, and the direction then right up to O(1/B).
 
     Reference: On-Policy Distillation of Language Models (Agarwal et al., 2023),
     https://arxiv.org/abs/2306.13649; MiniLLM (Gu et al., 2023), https://arxiv.org/abs/2306.08543;
@@ -66,7 +73,7 @@ class DistillTrainer(Trainer):
 
     Raises:
         ValueError: columns that the settings do not work with, an empty text, a head smaller than
-            the tokenizer.
+            the tokenizer, lengths beyond a model's positions.
     """
 
     args: DistillConfig
@@ -95,6 +102,8 @@ class DistillTrainer(Trainer):
             model = get_peft_model(model, peft_config)  # pyright: ignore[reportArgumentType]
         self.divergence = args.divergence()
         self.vocab_size = shared_vocabulary(model, teacher_model, processing_class)
+        for each in (model, teacher_model):
+            check_positions(each, (args.max_prompt_length or 1) + args.response_length - 1)
         self.teacher = teacher_model.requires_grad_(False).eval()
         self.tokenizer = processing_class
         self._steps: list[dict[str, float]] = []
@@ -202,7 +211,7 @@ class DistillTrainer(Trainer):
         tokens = responses.tokens[responses.mask]
         future = torch.zeros_like(tokens, dtype=torch.float32)
         if on_policy and args.on_policy_gradient == "sequence":
-            future = self.future(responses, student, teacher)
+            future = self.excess_future(responses, student, teacher)
 
         def token_loss(stats: TokenStats, future: Tensor) -> Tensor:
             return scale * (stats.kl + future * stats.policy_logp).sum()
@@ -224,12 +233,17 @@ class DistillTrainer(Trainer):
         return loss, parts
 
     @torch.no_grad()
-    def future(self, responses: Responses, student: Tensor, teacher: Tensor) -> Tensor:
-        """Σ_{s>t} D_s, the KL at the prefixes that y_t leads to, [N] nats, detached."""
-        tokens = responses.tokens[responses.mask]
-        _, stats = self._token_loss(lambda stats: stats.kl.sum(), student, teacher, tokens)
-        k = scatter_tokens(stats.kl, responses.mask)
-        return future_kl(k, responses.mask, own_token=False)[responses.mask].float()
+    def excess_future(self, responses: Responses, student: Tensor, teacher: Tensor) -> Tensor:
+        """Σ_{s>t} D_s, the KL at the prefixes that y_t leads to, above that of the other responses.
+
+        [N] nats, detached.
+        """
+        mask = responses.mask
+        _, stats = self._token_loss(
+            lambda stats: stats.kl.sum(), student, teacher, responses.tokens[mask]
+        )
+        future = future_kl(scatter_tokens(stats.kl, mask), mask, own_token=False)
+        return (future - leave_one_out_mean(future, mask))[mask].float()
 
     def _token_loss(
         self, loss_fn: Any, student: Tensor, teacher: Tensor, tokens: Tensor, *per_token: Tensor
@@ -274,12 +288,18 @@ class DistillTrainer(Trainer):
 
     # ---- what surrounds a step -------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Trainer.train, in a W&B run of the group that the loss names."""
+    def tracked(self, resume: bool = False) -> AbstractContextManager[None]:
+        """The W&B run of the group that the loss names; `train` opens it where none is open.
+
+        Around more than `train` it takes evaluations before and after too. `resume` goes on in the
+        run of the training that is resumed.
+        """
         tags = ["distill", self.args.loss, type(self).__name__]
-        resume = bool(resume_from_checkpoint)
-        run = wandb_run(self.args, self.args.to_dict(), self.args.loss, tags, resume)
-        with run, closing_callbacks(self):
+        return wandb_run(self.args, self.args.to_dict(), self.args.loss, tags, resume)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Trainer.train, in its W&B run."""
+        with self.tracked(bool(resume_from_checkpoint)), closing_callbacks(self):
             return super().train(resume_from_checkpoint, **kwargs)
 
     def evaluate(

@@ -105,6 +105,14 @@ class WandbMirror(WandbCallback):
             super().on_log(args, state, control, **kwargs)
 
 
+def log_final(metrics: dict[str, dict[str, float]]) -> None:
+    """Final metrics of each held-out set to the open W&B run, as ``final/<set>/<metric>``."""
+    if wandb.run is not None:
+        wandb.run.log(
+            {f"final/{name}/{k}": v for name, values in metrics.items() for k, v in values.items()}
+        )
+
+
 def log_completions(rollout: Rollout, step: int, count: int, folder: Path) -> None:
     """The first `count` responses with their scores and KL: to ``completions.jsonl`` and to W&B."""
     mask = rollout.responses.mask

@@ -1,6 +1,7 @@
 """`rlkl distill` as its users run it: local models, instruction data, and being wrong."""
 
 import json
+import lzma
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,11 @@ import pytest
 import yaml
 
 from rlkl.cli.main import main
+from tests.offline_wandb import history, offline_records
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+REAL = Path(__file__).parents[3] / "shared" / "data" / "instruct"
+"""The data sets themselves, where they lie beside the project."""
 
 
 @pytest.fixture
@@ -23,18 +27,32 @@ def folders(
     for seed, name in enumerate(("teacher", "student")):
         make_lm(vocab_size=len(tokenizer), seed=seed).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
+    with lzma.open(tmp_path / "t0_50k_short.jsonl.xz", "wt") as file:
+        file.write((json.dumps({"prompt": "the film is", "response": "very good"}) + "\n") * 8)
+    task = {"instruction": "the plot", "instances": [{"input": "", "output": "dull"}]}
     files = {
-        "train.jsonl": [{"prompt": "the film is", "response": "very good"}] * 8,
-        "selfinst.jsonl": [
-            {"instruction": "the plot", "instances": [{"input": "", "output": "dull"}]}
-        ]
-        * 3,
-        "vicuna.jsonl": [{"question_id": i, "turns": ["the end"]} for i in range(3)],
-        "answers.jsonl": [{"question_id": 1, "choices": [{"turns": ["so good"]}]}],
+        "self_instruct_seed_tasks.jsonl": [task] * 4,
+        "self_instruct_user_oriented_252.jsonl": [task] * 3,
+        "vicuna_80_question.jsonl": [{"question_id": i, "turns": ["the end"]} for i in range(3)],
+        "vicuna_gpt4_reference.jsonl": [{"question_id": 1, "choices": [{"turns": ["so good"]}]}],
     }
     for name, rows in files.items():
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
+
+
+def data_of(folder: Path) -> dict[str, str]:
+    """The options that name the files of a folder, which holds the data sets or small ones."""
+    evaluated = ("self_instruct_user_oriented_252.jsonl", "vicuna_80_question.jsonl")
+    return {
+        "train_data": str(folder / "t0_50k_short.jsonl.xz"),
+        "eval_data": " ".join(str(folder / name) for name in evaluated),
+        "eval_references": str(folder / "vicuna_gpt4_reference.jsonl"),
+    }
+
+
+def rows_of(file: Path) -> int:
+    return len(file.read_text().splitlines())
 
 
 def run(monkeypatch: pytest.MonkeyPatch, folder: Path, **changes: Any) -> int:
@@ -43,9 +61,7 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, **changes: Any) -> int:
         "model_name_or_path": folder / "student",
         "teacher_model_name_or_path": folder / "teacher",
         "teacher_dtype": "float32",
-        "train_data": folder / "train.jsonl",
-        "eval_data": f"{folder / 'selfinst.jsonl'} {folder / 'vicuna.jsonl'}",
-        "eval_references": folder / "answers.jsonl",
+        **data_of(folder),
         "output_dir": folder / "out",
         "max_prompt_length": 20,
         "response_length": 5,
@@ -67,16 +83,58 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, **changes: Any) -> int:
     return 0
 
 
-def test_the_instruction_recipe_runs_from_prompts_to_rouge(folders, monkeypatch, capsys):
+@pytest.mark.parametrize("source", ["small files", *(["the data sets"] if REAL.is_dir() else [])])
+def test_the_instruction_recipe_runs_from_prompts_to_rouge(source, folders, monkeypatch, capsys):
+    data = folders if source == "small files" else REAL
+    assert run(monkeypatch, folders, **data_of(data)) == 0
+    summary = json.loads((folders / "out" / "summary.json").read_text())
+    names = ("self_instruct_user_oriented_252", "vicuna_80_question")
+    counts = [rows_of(data / f"{name}.jsonl") for name in names]
+    assert counts == ([3, 3] if source == "small files" else [252, 80])
+    answered = [counts[0], rows_of(data / "vicuna_gpt4_reference.jsonl")]
+    out = capsys.readouterr().out
+    assert "ROUGE-L" in out
+    for name, prompts, references in zip(names, counts, answered, strict=True):
+        metrics = summary[name]
+        # Prompts without a reference are sampled from, and no more.
+        assert (metrics["prompts"], metrics["rouge_l_n"]) == (prompts, references)
+        assert 0 <= metrics["rouge_l"] < 1
+        assert metrics["own/divergence/rkl"] > 0
+        assert rows_of(folders / "out" / f"samples_{name}.jsonl") == prompts
+        assert str(prompts) in out
+    assert (folders / "out" / "student" / "model.safetensors").is_file()
+
+
+def test_errors_of_a_single_reference_are_null(folders, monkeypatch):
     assert run(monkeypatch, folders) == 0
     summary = json.loads((folders / "out" / "summary.json").read_text())
-    assert summary["selfinst"]["rouge_l_n"] == 3
-    assert summary["vicuna"]["rouge_l_n"] == 1  # prompts without a reference are only sampled
-    assert summary["vicuna"]["own/divergence/rkl"] > 0
-    assert (folders / "out" / "student" / "model.safetensors").is_file()
-    samples = (folders / "out" / "samples_vicuna.jsonl").read_text().splitlines()
-    assert len(samples) == 3
-    assert "ROUGE-L" in capsys.readouterr().out
+    assert summary["vicuna_80_question"]["rouge_l_se"] is None  # inf is not JSON
+
+
+@pytest.mark.parametrize("source", ["small files", *(["the data sets"] if REAL.is_dir() else [])])
+def test_the_seed_tasks_can_be_trained_on(source, folders, monkeypatch):
+    file = (folders if source == "small files" else REAL) / "self_instruct_seed_tasks.jsonl"
+    assert run(monkeypatch, folders, train_data=file, max_steps=1, num_eval=2) == 0
+
+
+# wandb's own code under Python 3.11 and pydantic 2
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_wandb_gets_the_final_metrics_in_the_run_of_the_training(folders, monkeypatch):
+    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(folders / "wandb-home"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("WANDB_X_DISABLE_STATS", "true")
+    assert run(monkeypatch, folders, report_to="wandb", logging_steps=1) == 0
+    rows = history(offline_records(folders / "out"))
+    assert any("train/divergence/akl" in row for row in rows)
+    (final,) = [row for row in rows if "final/self_instruct_user_oriented_252/rouge_l" in row]
+    summary = json.loads((folders / "out" / "summary.json").read_text())
+    for name, metrics in summary.items():
+        for key, value in metrics.items():
+            if value is None:  # inf: the error of a single reference
+                continue
+            assert final[f"final/{name}/{key}"] == pytest.approx(value)
 
 
 def test_a_stopped_run_goes_on_and_refuses_other_settings(folders, monkeypatch, capsys):
@@ -101,6 +159,10 @@ def test_a_stopped_run_goes_on_and_refuses_other_settings(folders, monkeypatch, 
         ({"train_data": "none.jsonl"}, "no such file: none.jsonl"),
         ({"teacher_dtype": "int8"}, "teacher_dtype is 'int8'; use float32"),
         ({"loss": "kl"}, "divergence 'kl' is unknown"),
+        (
+            {"response_length": 50},
+            "come to 69 tokens, and the model has 64 positions: set a smaller",
+        ),
         ({"teacher_model_name_or_path": "/no/such"}, "no such model folder: /no/such"),
         ({"nonsense": 1}, "nonsense"),
     ],

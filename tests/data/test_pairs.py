@@ -51,6 +51,8 @@ def test_vicuna_questions_take_their_reference_by_id_and_none_is_an_empty_comple
     data = load_pairs(questions, references)
     assert data["completion"] == ["", "So."]
     assert "Why?" in data[0]["prompt"]
+    plain = write(tmp_path / "answer.jsonl", {"question_id": 1, "text": "Because."})
+    assert load_pairs(questions, plain)["completion"] == ["Because.", ""]
 
 
 def test_plain_texts_stay_texts(tmp_path):

@@ -9,7 +9,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from rich.console import Console
+from scipy.stats import ttest_1samp
+from torch import Tensor
 
 from rlkl.trainers import DistillConfig
 
@@ -87,6 +91,7 @@ def test_two_losses_of_two_seeds_end_in_table_plot_and_records(
         ({"losses": "kl"}, "losses: 'kl' is unknown"),
         ({"nonsense": 1}, "nonsense"),
         ({"teacher": "/no/such/folder"}, "no such model folder"),
+        ({"los": "akl"}, "--los"),
     ],
 )
 def test_nonsense_is_one_line_and_exit_code_2(
@@ -100,14 +105,105 @@ def test_nonsense_is_one_line_and_exit_code_2(
     assert error.count("\n") == 1
 
 
-def test_the_interval_of_paired_differences_is_students(recipe):
-    mean, half = recipe.paired_interval([1.0, 2.0, 3.0])
-    assert mean == 2
-    assert half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5)  # t(0.975; 2), s = 1
-    assert recipe.paired_interval([1.0])[1] == math.inf
-    assert recipe.verdict(-1.0, 0.5) == "AKL better"
-    assert recipe.verdict(1.0, 0.5) == "AKL worse"
-    assert recipe.verdict(-1.0, math.inf) == "not told apart"
+def runs_of(values: list[float], sums: Tensor) -> dict[int, dict[str, Any]]:
+    """Records of one run a seed, with a metric's value and its sums and tokens per prompt."""
+    return {
+        seed: {"metrics": {"x": value}, "per_prompt": {"x": sums[seed].tolist()}}
+        for seed, value in enumerate(values)
+    }
+
+
+def test_the_interval_over_seeds_is_that_of_paired_differences(recipe):
+    sums = torch.stack([torch.randn(3, 20), torch.ones(3, 20)], -1)
+    found = recipe.difference(runs_of([3.0, 4.0, 5.0], sums), runs_of([2.0, 2.0, 2.0], sums), "x")
+    assert found["mean"] == 2
+    half = 4.302653 / math.sqrt(3)  # t(0.975; 2), s = 1
+    assert found["ci95_seeds"] == pytest.approx(half, rel=1e-5)
+    assert found["ci95_prompts"] == 0  # the same text at the same distance
+
+
+def test_the_interval_over_prompts_is_students_where_all_have_as_many_tokens(recipe):
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = torch.randn(2, 2, 30, generator=generator)  # [seeds, prompts] each
+    differences = (ours - theirs).mean(0) / 4
+    interval = ttest_1samp(differences.numpy(), 0.0).confidence_interval(0.95)
+    tokens = torch.full((2, 30), 4.0)
+    half = recipe.interval_over_prompts(
+        torch.stack([ours, tokens], -1), torch.stack([theirs, tokens], -1)
+    )
+    assert half == pytest.approx((interval.high - interval.low) / 2, rel=1e-5)
+
+
+def test_the_interval_over_prompts_covers_the_difference_where_lengths_vary(recipe):
+    """Ratios of sums: 200 sets of 40 prompts with lengths that go with the values."""
+    generator = torch.Generator().manual_seed(1)
+    covered = 0
+    lengths = torch.arange(1.0, 11.0)
+    truth = float((2.0 - 1.0) * lengths.square().mean() / lengths.mean())
+    for _ in range(200):
+        own = lengths[torch.randint(10, (2, 1, 40), generator=generator)]
+        noise = torch.randn(2, 1, 40, generator=generator)
+        sums = torch.tensor([2.0, 1.0])[:, None, None] * own.square() + noise
+        ratios = sums.sum(-1) / own.sum(-1)
+        half = recipe.interval_over_prompts(*torch.stack([sums, own], -1))
+        covered += abs(float(ratios[0, 0] - ratios[1, 0]) - truth) <= half
+    # Binomial(200, 0.95): four standard errors are 12; a ratio's interval is a little short.
+    assert 176 <= covered <= 199
+
+
+def test_verdicts_need_both_intervals_and_more_than_one_seed(recipe):
+    assert recipe.verdict(-1.0, 0.5, 0.5) == "AKL better"
+    assert recipe.verdict(1.0, 0.5, 0.5) == "AKL worse"
+    assert recipe.verdict(-1.0, 0.5, 1.5) == recipe.verdict(1.0, 1.5, 0.5) == "not told apart"
+    assert recipe.verdict(-1.0, None, 0.5) == "one seed says nothing of others"
+
+
+def test_one_seed_has_no_errors_and_its_summary_is_json(recipe, tmp_path):
+    records = [
+        {
+            "loss": loss,
+            "seed": 0,
+            "seconds": 2.0,
+            "cpu_seconds": 1.0,
+            "metrics": dict.fromkeys(recipe.COLUMNS, 0.5),
+            "per_prompt": {key: [[1.0, 2.0], [2.0, 4.0]] for key in recipe.DIVERGENCE_COLUMNS},
+            "course": [{"step": 0, "fkl": 1.0, "rkl": 1.0}],
+        }
+        for loss in ("akl", "fkl")
+    ]
+    console = Console(record=True, width=200)
+    recipe.report(tmp_path, records, console)
+    assert "one seed" in console.export_text()
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    summary = json.loads((tmp_path / "summary.json").read_text(), parse_constant=refuse)
+    assert summary["losses"]["akl"]["held_out/divergence/fkl_se"] is None
+    assert summary["akl_minus"]["fkl"]["own/divergence/rkl"]["ci95_seeds"] is None
+
+
+def test_the_student_begins_with_the_teachers_embeddings_in_its_width(recipe, make_lm):
+    teacher, student = make_lm(), make_lm(n_embd=8, seed=1)
+    recipe.begin_with_embeddings(student, teacher)
+    wide = teacher.get_input_embeddings().weight.detach()
+    narrow = student.get_input_embeddings().weight.detach()
+    # Of all matrices of rank 8 the one whose products are nearest to the teacher's.
+    values, vectors = torch.linalg.eigh(wide @ wide.T)
+    best = (vectors[:, -8:] * values[-8:]) @ vectors[:, -8:].T
+    torch.testing.assert_close(narrow @ narrow.T, best, rtol=1e-4, atol=1e-4)
+
+
+def test_ctrl_c_in_the_warm_up_is_one_line(recipe, tmp_path, monkeypatch, capsys):
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe, "fused_logp_loss", interrupted)
+    monkeypatch.setattr(sys, "argv", arguments(tmp_path / "out"))
+    with pytest.raises(SystemExit, match="130"):
+        recipe.main()
+    assert "the same command goes on" in capsys.readouterr().out
+    assert (tmp_path / "out" / "train.jsonl").is_file()
 
 
 def test_the_recipes_name_only_settings_that_exist(recipe, tmp_path):

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlkl.rl import gae, whiten
+from rlkl.kl import TabularLM, exact_gradient, future_kl, get_estimator
+from rlkl.rl import gae, leave_one_out_mean, whiten
 
 LENGTHS = (1, 3, 5, 5)
 
@@ -121,3 +122,86 @@ def test_a_small_but_real_spread_is_whitened():
     whitened, scale = whiten(x, torch.ones(1, 4, dtype=torch.bool))
     assert float(whitened.square().mean()) == pytest.approx(1, abs=1e-3)
     assert float(scale) == pytest.approx(1e-4 / 2**0.5, rel=1e-2)
+
+
+# --- a baseline for the future KL, enumerated over all batches of two or three responses ----------
+
+
+def no_baseline(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.zeros_like(x)
+
+
+def batch_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Over all responses that reach the position, the own one included."""
+    return torch.where(mask, x.sum(0) / mask.sum(0).clamp(min=1), 0.0)
+
+
+def batch_moments(policy: TabularLM, ref: TabularLM, baseline, size: int) -> tuple[Tensor, float]:
+    """Mean and variance (trace) of the mean gradient of `size` responses, pathwise and future."""
+    tokens, mask = policy.tokens, policy.mask
+    rb = get_estimator("rb")
+
+    def of_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
+        logp = policy.with_logits(logits).policy_logp()
+        own = logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        return own, rb(logp, ref.policy_logp(), tokens, mask)
+
+    score, pathwise = torch.autograd.functional.jacobian(of_tokens, policy.logits.detach())
+    score, pathwise = score.flatten(2), pathwise.flatten(2).sum(1)  # [N, T, P], [N, P]
+    future = future_kl(rb(policy.policy_logp(), ref.policy_logp(), tokens, mask), mask, False)
+    batches = torch.cartesian_prod(*[torch.arange(len(tokens))] * size)  # [batches, size]
+    prob = policy.response_logp().exp()[batches].prod(1)
+    weight = torch.where(mask, future, 0.0)[batches]
+    weight = weight - torch.vmap(baseline)(weight, mask[batches])
+    # Σ_i Σ_t g_it w_it, without a [batches, size, T, P] tensor.
+    gradient = sum(
+        torch.einsum("nt,ntp->np", weight[:, i], score[batches[:, i]]) + pathwise[batches[:, i]]
+        for i in range(size)
+    )
+    gradient = gradient / size
+    mean = prob @ gradient
+    return mean, float(prob @ (gradient - mean).square().sum(1))
+
+
+def models(seed: int, eos: int | None) -> tuple[TabularLM, TabularLM]:
+    return (
+        TabularLM.random(3, 3, eos=eos, seed=2 * seed),
+        TabularLM.random(3, 3, eos=eos, seed=2 * seed + 1),
+    )
+
+
+@pytest.mark.parametrize("eos", [0, None])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_leave_one_out_mean_is_a_baseline_that_biases_nothing(seed, eos):
+    policy, ref = models(seed, eos)
+    exact = exact_gradient(policy, ref).flatten()
+    for baseline in (no_baseline, leave_one_out_mean):
+        mean, _ = batch_moments(policy, ref, baseline, size=2)
+        assert (mean - exact).norm() < 1e-12 * exact.norm()
+    biased, _ = batch_moments(policy, ref, batch_mean, size=2)
+    assert (biased - exact).norm() > 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_among_three_responses_of_one_length_the_baseline_calms_the_gradient(seed):
+    variance = [
+        batch_moments(*models(seed, None), b, 3)[1] for b in (no_baseline, leave_one_out_mean)
+    ]
+    assert variance[1] < 0.95 * variance[0]
+
+
+def test_it_can_add_noise_where_most_responses_end_at_once():
+    """Their future is 0, and they take the others' mean for it."""
+    pair = models(1, 0)
+    plain, noisy = (batch_moments(*pair, b, 3)[1] for b in (no_baseline, leave_one_out_mean))
+    assert noisy > 1.2 * plain
+
+
+def test_the_leave_one_out_mean_is_the_obvious_loop_and_ignores_what_is_masked(mask):
+    x = random(2, 4, 5).masked_fill(~mask, torch.nan)
+    found = leave_one_out_mean(x, mask)
+    for i, t in mask.nonzero().tolist():
+        others = [float(x[j, t]) for j in range(4) if j != i and mask[j, t]]
+        assert float(found[i, t]) == pytest.approx(sum(others) / len(others) if others else 0.0)
+    assert (found[~mask] == 0).all()
+    assert (leave_one_out_mean(random(0, 1, 5), mask[:1]) == 0).all()

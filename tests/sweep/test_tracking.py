@@ -13,7 +13,7 @@ from rlkl.sweep.report import write_report
 from rlkl.sweep.tracking import log_summary
 from rlkl.sweep.worker import Worker, wandb_id
 from rlkl.trainers.tracking import wandb_mode
-from tests.wandb_offline import offline_records
+from tests.offline_wandb import offline_records
 
 # wandb's own code under Python 3.11 and pydantic 2
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")

@@ -11,7 +11,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from rlkl.kl import DIVERGENCES, kl_surrogate, reverse_kl
+from rlkl.kl import DIVERGENCES, future_kl, kl_surrogate, reverse_kl
+from rlkl.rl import leave_one_out_mean
 from rlkl.rollout import given_responses, sample_responses
 from rlkl.trainers import DISTILL_VOCABULARY, DistillConfig, DistillTrainer
 
@@ -122,7 +123,7 @@ def test_settings_of_the_divergence_reach_the_loss(tmp_path):
     assert value(loss="akl", head_rule="reach") != value(loss="akl")
 
 
-def test_the_sequence_gradient_is_that_of_the_surrogate_of_the_sequence_kl(make_trainer):
+def test_the_sequence_gradient_is_that_of_the_sequence_kl_less_a_baseline(make_trainer):
     settings = {"loss": "rkl", "on_policy_fraction": 1.0, "response_length": 5}
     gradients = {}
     for kind in ("token", "sequence"):
@@ -142,7 +143,10 @@ def test_the_sequence_gradient_is_that_of_the_surrogate_of_the_sequence_kl(make_
     k, logp = torch.zeros(mask.shape), torch.zeros(mask.shape)
     k = k.masked_scatter(mask, reverse_kl(student, teacher))
     logp = logp.masked_scatter(mask, student.log_softmax(-1).gather(1, index)[:, 0])
-    kl_surrogate(k, logp, mask, "both", own_token=False).sum().div(mask.sum()).backward()
+    surrogate = kl_surrogate(k, logp, mask, "both", own_token=False)
+    baseline = leave_one_out_mean(future_kl(k, mask, own_token=False), mask)
+    assert baseline.abs().max() > 0
+    ((surrogate - (baseline * logp).sum(1)).sum() / mask.sum()).backward()
     torch.testing.assert_close(
         gradients["sequence"], flat_gradient(trainer.model), rtol=1e-3, atol=1e-4
     )
@@ -388,6 +392,17 @@ def test_data_and_models_that_do_not_fit_are_refused(make_trainer, make_lm, pair
         )
     with pytest.raises(ValueError, match="the teacher's head has 20 rows for 33 tokens"):
         make_trainer(teacher_model=make_lm(vocab_size=20))
+
+
+def test_a_prompt_that_leaves_no_room_for_its_response_is_refused(make_trainer):
+    long = Dataset.from_dict({"prompt": ["film " * 60] * 6, "completion": ["good"] * 6})
+    make_trainer(train_dataset=long, response_length=2).train()  # 1 + 60 + 2 tokens, 64 positions
+    with pytest.raises(ValueError, match="come to 66 tokens, and the model has 64 positions"):
+        make_trainer(train_dataset=long, on_policy_fraction=1.0).train()
+    long = Dataset.from_dict({"prompt": ["film " * 70] * 6, "completion": ["good"] * 6})
+    with pytest.raises(ValueError, match="set a smaller max_prompt_length or response_length"):
+        make_trainer(train_dataset=long, response_length=2).train()
+    make_trainer(train_dataset=long, response_length=2, max_prompt_length=60).train()
 
 
 def test_wandb_gets_what_the_file_gets(make_trainer, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from rlkl.trainers import RaoBlackwellPPOTrainer
 from rlkl.trainers.tracking import wandb_mode
-from tests.wandb_offline import history, offline_records
+from tests.offline_wandb import history, offline_records
 
 # wandb's own code under Python 3.11 and pydantic 2
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")

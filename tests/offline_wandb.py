@@ -1,4 +1,4 @@
-"""What W&B wrote offline, read back: the file that `wandb sync` would send."""
+"""Reads an offline W&B run back, for tests that ask what was sent."""
 
 import json
 import struct
