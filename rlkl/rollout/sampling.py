@@ -115,10 +115,9 @@ def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     """One draw per row by inverting the distribution function: a single uniform a row.
 
     `torch.multinomial` draws a number for every token of the vocabulary, which takes longer than a
-    small model's forward pass. The sum is float64, so that rare tokens keep their probability in
-    it; the probabilities themselves are float32, as the logits are.
+    small model's forward pass. Float64, so that rare tokens keep their probability in the sum.
     """
-    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.double)
+    cumulative = logits.double().softmax(-1).cumsum(-1)
     uniform = torch.rand(
         len(logits), 1, generator=generator, device=logits.device, dtype=torch.double
     )
