@@ -39,6 +39,8 @@ def leveldb_records(data: bytes, block: int = 32768) -> Iterator[bytes]:
             position += block - position % block
             continue
         _, length, place = struct.unpack("<IHB", data[position : position + 7])
+        if position + 7 + length > len(data):  # still being written
+            return
         record += data[position + 7 : position + 7 + length]
         position += 7 + length
         if place in (1, 4):
