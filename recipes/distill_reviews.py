@@ -58,6 +58,7 @@ from rlkl.rollout import DivergenceRecord, given_responses, sample_responses
 from rlkl.trainers import DistillConfig, DistillTrainer, RichProgress, StopOnInterrupt
 from rlkl.trainers.distill_metrics import both_directions
 from rlkl.trainers.run_config import RunArguments
+from rlkl.trainers.tracking import log_final
 
 HERE = Path(__file__).parent
 NAMES = {
@@ -351,19 +352,21 @@ def run(
     )
     trainer.remove_callback(PrinterCallback)
     before = trainer.evaluate()
-    trainer.train()
-    if trainer.state.global_step < trainer.state.max_steps:
-        raise KeyboardInterrupt
-    evaluation = evaluate_student(
-        trainer.model,
-        teacher,
-        tokenizer,
-        held_out["prompt"],
-        held_out["completion"],
-        args.response_length,
-        seed=1_000_003,
-        batch_size=args.per_device_eval_batch_size,
-    )
+    with trainer.tracked():
+        trainer.train()
+        if trainer.state.global_step < trainer.state.max_steps:
+            raise KeyboardInterrupt
+        evaluation = evaluate_student(
+            trainer.model,
+            teacher,
+            tokenizer,
+            held_out["prompt"],
+            held_out["completion"],
+            args.response_length,
+            seed=1_000_003,
+            batch_size=args.per_device_eval_batch_size,
+        )
+        log_final({"reviews": evaluation.metrics})
     return {
         "loss": loss,
         "seed": seed,

@@ -2,21 +2,29 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from wandb.proto import wandb_internal_pb2
 
 
-def offline_records(folder: Path) -> list[wandb_internal_pb2.Record]:
-    """All records of the one offline run below a folder."""
+def offline_records(folder: Path, patience: float = 60.0) -> list[wandb_internal_pb2.Record]:
+    """All records of the one offline run below a folder, once its last one is there.
+
+    W&B's own process writes the end of a finished run a moment after `finish` has returned.
+    """
     (path,) = (folder / "wandb").glob("offline-run-*/*.wandb")
-    records = []
-    for data in leveldb_records(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        records.append(record)
-    return records
+    deadline = time.monotonic() + patience
+    while True:
+        records = []
+        for data in leveldb_records(path.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            records.append(record)
+        if any(record.HasField("exit") for record in records) or time.monotonic() > deadline:
+            return records
+        time.sleep(0.1)
 
 
 def leveldb_records(data: bytes, block: int = 32768) -> Iterator[bytes]:
@@ -31,6 +39,8 @@ def leveldb_records(data: bytes, block: int = 32768) -> Iterator[bytes]:
             position += block - position % block
             continue
         _, length, place = struct.unpack("<IHB", data[position : position + 7])
+        if position + 7 + length > len(data):  # still being written
+            return
         record += data[position + 7 : position + 7 + length]
         position += 7 + length
         if place in (1, 4):
