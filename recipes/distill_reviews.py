@@ -26,7 +26,7 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -308,9 +308,9 @@ def begin_with_embeddings(student: PreTrainedModel, teacher: PreTrainedModel) ->
 
     Cross-entropy alone would spend most of the warm-up on finding them.
     """
-    embeddings = teacher.get_input_embeddings().weight
+    embeddings = cast(Tensor, teacher.get_input_embeddings().weight)
     directions = torch.linalg.svd(embeddings.float(), full_matrices=False).Vh
-    own = student.get_input_embeddings().weight
+    own = cast(Tensor, student.get_input_embeddings().weight)
     width = min(own.shape[1], len(directions))
     own[:, :width] = embeddings @ directions[:width].T
 
@@ -526,7 +526,9 @@ def plot(output_dir: Path, by_loss: dict[str, dict[int, dict[str, Any]]]) -> Non
         direction = "forward" if name == "fkl" else "reverse"
         axis.set(xlabel="step", ylabel=f"held-out {direction} KL, nats per token")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, ncols=2)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), frameon=False, ncols=8, loc="outside upper center"
+    )
     figure.savefig(output_dir / "held_out.png", dpi=130)
     plt.close(figure)
 
