@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from rlkl.kl import DIVERGENCES, future_kl, kl_surrogate, reverse_kl
 from rlkl.rl import leave_one_out_mean
@@ -311,6 +312,38 @@ def test_a_teacher_in_bfloat16_measures_about_the_same(make_trainer, make_lm):
         trainer.train()
         logs.append(steps(trainer)[0])
     assert logs[1]["divergence/fkl"] == pytest.approx(logs[0]["divergence/fkl"], rel=3e-2)
+
+
+@pytest.mark.parametrize("on_policy", [0.0, 1.0])
+def test_student_and_teacher_may_be_of_different_families(on_policy, make_trainer, pairs):
+    """A GPT-2 learns from a Gemma 2: rotary positions, a scaled embedding, soft-capped logits."""
+    config = Gemma2Config(
+        vocab_size=33,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=12,
+        final_logit_softcapping=1.5,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        attn_implementation="eager",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        teacher = Gemma2ForCausalLM(config).eval()
+    trainer = make_trainer(teacher_model=teacher, loss="fkl", on_policy_fraction=on_policy)
+    inputs = {column: pairs[column][:6] for column in pairs.column_names}
+    responses, _ = trainer.responses(inputs, trainer._generator())
+    _, parts = trainer.loss(responses, *trainer.hidden_states(responses), bool(on_policy))
+    with torch.no_grad():
+        logits = (whole_logits(model, responses) for model in (trainer.model, teacher))
+        expected = float(DIVERGENCES["fkl"](*logits).mean())
+    assert parts["loss/divergence"] == pytest.approx(expected, rel=1e-4)
+    trainer.train()
 
 
 @pytest.mark.parametrize("on_policy", [0.0, 1.0])
