@@ -31,7 +31,9 @@ def row(folder: Path, steps: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", type=Path, nargs="+", help="output_dir of finished runs")
     parser.add_argument("--steps", type=int, default=10, help="last training steps to average")
