@@ -136,24 +136,26 @@ def fused_sampled(x: Inputs, gradient: bool) -> None:
 
 
 def bare_products(x: Inputs, gradient: bool) -> None:
-    """The matrix products alone, by the engine's own chunks and slices: its floor."""
-    from rlkl.kl.fused import engine, heads
+    """The matrix products alone, in the shapes that the engine gives them: its floor."""
+    from rlkl.kl.fused import engine, heads, tiles
 
-    vocab = x.head.shape[0]
-    rows = engine.default_chunk_size(vocab)
-    head, ref_head = x.head.detach(), x.ref_head
-    logits = torch.empty(2, rows, vocab)
-    hidden_sum = torch.zeros_like(x.hidden) if gradient else None
+    n, (vocab, width) = len(x.tokens), x.head.shape
+    head, ref_head, step = x.head.detach(), x.ref_head, heads._VOCAB_SLICE
+    rows = engine.default_chunk_size(vocab) if gradient else tiles._TILE_ROWS
+    columns = vocab if gradient else tiles._TILE_ELEMENTS // rows
+    logits = torch.empty(2, min(rows, n), columns)
+    hidden_sum = torch.zeros(n, width) if gradient else None
     head_sum = torch.zeros_like(head) if gradient else None
-    step = heads._VOCAB_SLICE
-    for start in range(0, len(x.tokens), rows):
-        part = slice(start, min(start + rows, len(x.tokens)))
+    for start in range(0, n, rows):
+        part = slice(start, min(start + rows, n))
         a, b = logits[:, : part.stop - part.start]
         hidden, ref_hidden = x.hidden.detach()[part], x.ref_hidden[part]
-        for at in range(0, vocab, step):
-            torch.mm(hidden, head[at : at + step].t(), out=a[:, at : at + step])
-        for at in range(0, vocab, step):
-            torch.mm(ref_hidden, ref_head[at : at + step].t(), out=b[:, at : at + step])
+        for first in range(0, vocab, columns):
+            for out, states, weight in ((a, hidden, head), (b, ref_hidden, ref_head)):
+                weight = weight[first : first + columns]
+                for at in range(0, len(weight), step):
+                    piece = weight[at : at + step]
+                    torch.mm(states, piece.t(), out=out[:, at : at + len(piece)])
         if hidden_sum is not None and head_sum is not None:
             for at in range(0, vocab, step):
                 hidden_sum[part].addmm_(a[:, at : at + step], head[at : at + step])
@@ -258,7 +260,7 @@ def ppo_step(spec: dict[str, Any]) -> Callable[[], None]:
             hidden = response_hidden(model, ids, attention, length)[real]
             ref_hidden = response_hidden(ref, ids, attention, length)[real]
             if exact:
-                stats = fused_token_stats(hidden, head, ref_hidden, ref_head, y)
+                stats = fused_token_stats(hidden, head, ref_hidden, ref_head, y, whole_rows=True)
                 kl, old_logp, ref_logp = stats.kl, stats.policy_logp, stats.ref_logp
             else:
                 kl, old_logp = naive_sampled(hidden, head, ref_hidden, ref_head, y)

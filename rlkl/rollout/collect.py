@@ -113,6 +113,7 @@ def token_statistics(
                 ref_head,
                 batch.tokens[batch.mask],
                 temperature=temperature,
+                whole_rows=True,
                 gemm_dtype=gemm_dtype,
             )
         )

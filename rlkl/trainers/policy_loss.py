@@ -135,6 +135,7 @@ class PolicyLoss:
             reference,
             batch.tokens[mask],
             temperature=args.temperature,
+            whole_rows=True,
             gemm_dtype=args.gemm_dtype,
         )
         truncated = args.kl_off_policy == "prefix_truncated"

@@ -16,6 +16,8 @@ The first line is Σ p·d + Σ p·expm1(−d), with d = log p − log q = D_KL �
 the reference's normaliser is never formed, and an error δ of the mean E_p[b − a] enters the KL only
 as δ·D_KL + δ²/2. Identical models give t = 0, hence exactly 0 in value and gradient.
 
+Statistics without gradient need no whole rows: `tiles` sums them over parts of the vocabulary.
+
 `functions` is the public part, `heads` multiplies, `engine` sweeps over chunks, `generators` has
 the other divergences, `workers` the threads.
 """

@@ -34,7 +34,7 @@ _BLOCK_ELEMENTS = 131_072
 # Below this many nats, eᵗ − t − 1 by subtraction has lost the digits that count.
 _NEAR = 5e-4
 # Above this t, p may have underflowed where the reference still has mass.
-_MAX_T = 60.0
+MAX_T = 60.0
 # Stands for probabilities that underflow where they must carry a gradient.
 _SMALLEST_P = 1e-30
 
@@ -184,9 +184,9 @@ class Block(NamedTuple):
     t_factor: Tensor  # + this · t
     log_factor: Tensor  # + this · log p
 
-    def first(self, n: int) -> Self:
-        """The first n rows."""
-        return self._make(x[:n] for x in self)
+    def first(self, n: int, width: int) -> Self:
+        """The first n rows and as many columns."""
+        return self._make(x[:n, :width] for x in self)
 
     def split(self, n: int) -> list[Self]:
         """Blocks of n rows each."""
@@ -199,15 +199,13 @@ class Block(NamedTuple):
         return (self.phi_sum / self.p_sum).log1p_().clamp_(min=0)
 
 
-class Chunk:
-    """The buffers of one chunk: first logits, then p and t, then the gradient.
+class Buffers:
+    """Two matrices of logits, which passes over blocks of a few rows turn into p and t."""
 
-    Passes over logits run on blocks of a few rows; what is per token is done once for the chunk.
-    """
-
-    def __init__(self, problem: Problem, workers: Workers, differentiate: bool):
+    def __init__(
+        self, problem: Problem, workers: Workers, size: int, width: int, *, differentiate: bool
+    ):
         self.problem, self.workers, self.differentiate = problem, workers, differentiate
-        size, vocab = problem.chunk_size, problem.policy.vocab
         dtype, device = problem.policy.dtype, problem.tokens.device
 
         def empty(*shape: int) -> Tensor:
@@ -216,25 +214,34 @@ class Chunk:
         capped = differentiate and problem.policy.cap is not None
         # One allocation: the C library then tends to keep it between calls, which saves the page
         # faults of fresh memory (up to a quarter of a small call).
-        buffers = empty(1 + (problem.ref is not None) + capped, size, vocab)
+        buffers = empty(1 + (problem.ref is not None) + capped, size, width)
         t = buffers[1] if problem.ref is not None else empty(size, 0)
         slope = buffers[-1] if capped else empty(size, 0)
         tokens = torch.empty_like(problem.tokens[:size, None])
         self.buffers = self.rows = Block(buffers[0], t, slope, tokens, *empty(11, size, 1))
-        self.start = 0
-        self.block_rows = max(1, _BLOCK_ELEMENTS // vocab) if device.type == "cpu" else size
+        self.block_rows = max(1, _BLOCK_ELEMENTS // width) if device.type == "cpu" else size
         scratch = 1 if problem.divergence.read is None else 3
         self.kernels = _row_kernels(device)
         # Kernels need no scratch, but for the divergences that they do not have.
         scratch_rows = 0 if self.kernels is not None and scratch == 1 else self.block_rows
-        self.scratch = empty(workers.count, scratch, min(scratch_rows, size), vocab)
+        self.scratch = empty(workers.count, scratch, min(scratch_rows, size), width)
         self.strips = self._strips()
+
+    def fit(self, n: int, width: int) -> Block:
+        """The part of the buffers that holds n rows of so many logits, from now on."""
+        if self.rows.p.shape != (n, width):
+            self.rows = self.buffers.first(n, width)
+            self.strips = self._strips()
+        return self.rows
 
     def _strips(self) -> list[list[tuple[Block, Scratch]]]:
         """Each worker's blocks of the rows at hand, with scratch blocks [n, V] of their shape."""
         blocks, count = self.rows.split(self.block_rows), self.workers.count
         return [
-            [(block, tuple(scratch[:, : len(block.p)])) for block in blocks[worker::count]]
+            [
+                (block, tuple(scratch[:, : len(block.p), : block.p.shape[1]]))
+                for block in blocks[worker::count]
+            ]
             for worker, scratch in enumerate(self.scratch)
         ]
 
@@ -247,52 +254,12 @@ class Chunk:
 
         self.workers.run(strip)
 
-    def read(self, start: int, out: tuple[Tensor, ...]) -> None:
-        """Multiply the logits of these tokens, reduce them to statistics, leave p and t."""
-        problem, n = self.problem, len(out[0])
-        rows, self.start = slice(start, start + n), start
-        if n != len(self.rows.p):  # the last chunk
-            self.rows = self.buffers.first(n)
-            self.strips = self._strips()
-        here = self.rows
-        here.tokens.copy_(problem.tokens[rows, None])
-        problem.policy.logits(rows, here.p, here.slope if here.slope.numel() else None)
-        token_logit = here.p.gather(1, here.tokens)
-        if problem.ref is not None:
-            problem.ref.logits(rows, here.t)
+    def reduce(self) -> None:
+        """Logits to p and t, and the sums of each row."""
         if self.kernels is not None:
             self._kernel_pass(self.kernels)
         else:
-            self._each_block(self._policy_pass if problem.ref is None else self._joint_pass)
-        for index in _where(here.a_sum.isnan()):  # −inf logits: 0 · log 0 = 0
-            p = here.p[index]
-            here.a_sum[index] = _log(p).mul_(p).sum(1, keepdim=True)
-        log_sum = here.p_sum.log()
-        logp = token_logit - here.peak - log_sum
-        entropy = log_sum - here.a_sum / here.p_sum
-        if problem.ref is None:
-            values = logp, entropy
-        else:
-            values = logp, *self._joint_values(logp), entropy
-        for target, value in zip(out, values, strict=True):
-            target.copy_(value[:, 0])
-
-    def _joint_values(self, logp: Tensor) -> tuple[Tensor, Tensor]:
-        """(log q(y), divergence), [n, 1] each."""
-        problem, here = self.problem, self.rows
-        if problem.divergence.read is not None:
-            ref_logp, value = logp + here.t_token - here.kl, here.other
-        elif problem.ref_logp is not None:
-            ref_logp = problem.ref_logp[self.start : self.start + len(logp), None]
-            value = (logp - ref_logp).add_(here.t.gather(1, here.tokens)).clamp_(min=0)
-        else:
-            value = here.kl
-            ref_logp = logp + here.t.gather(1, here.tokens) - value
-        for index in _where(~(here.t_max < _MAX_T)):  # also where it is NaN
-            value[index], log_ratio = self._far_divergence(index)
-            if problem.ref_logp is None:
-                ref_logp[index] = logp[index] + log_ratio
-        return ref_logp, value
+            self._each_block(self._policy_pass if self.problem.ref is None else self._joint_pass)
 
     def _policy_pass(self, block: Block, scratch: Scratch) -> None:
         p, x = block.p, scratch[0]
@@ -333,6 +300,59 @@ class Chunk:
         block.t_token.copy_(block.t.gather(1, block.tokens))  # t itself is overwritten
         rows = Rows(block.p, block.p_sum, block.t, block.kl, block.tokens, scratch)
         block.other.copy_(read(rows, self.differentiate))
+
+
+class Chunk(Buffers):
+    """Some tokens with their whole rows: first logits, then p and t, then the gradient.
+
+    What is per token is done once for the chunk.
+    """
+
+    def __init__(self, problem: Problem, workers: Workers, *, differentiate: bool):
+        size, vocab = problem.chunk_size, problem.policy.vocab
+        super().__init__(problem, workers, size, vocab, differentiate=differentiate)
+        self.start = 0
+
+    def read(self, start: int, out: tuple[Tensor, ...]) -> None:
+        """Multiply the logits of these tokens, reduce them to statistics, leave p and t."""
+        problem, n = self.problem, len(out[0])
+        rows, self.start = slice(start, start + n), start
+        here = self.fit(n, problem.policy.vocab)
+        here.tokens.copy_(problem.tokens[rows, None])
+        problem.policy.logits(rows, here.p, here.slope if here.slope.numel() else None)
+        token_logit = here.p.gather(1, here.tokens)
+        if problem.ref is not None:
+            problem.ref.logits(rows, here.t)
+        self.reduce()
+        for index in _where(here.a_sum.isnan()):  # −inf logits: 0 · log 0 = 0
+            p = here.p[index]
+            here.a_sum[index] = _log(p).mul_(p).sum(1, keepdim=True)
+        log_sum = here.p_sum.log()
+        logp = token_logit - here.peak - log_sum
+        entropy = log_sum - here.a_sum / here.p_sum
+        if problem.ref is None:
+            values = logp, entropy
+        else:
+            values = logp, *self._joint_values(logp), entropy
+        for target, value in zip(out, values, strict=True):
+            target.copy_(value[:, 0])
+
+    def _joint_values(self, logp: Tensor) -> tuple[Tensor, Tensor]:
+        """(log q(y), divergence), [n, 1] each."""
+        problem, here = self.problem, self.rows
+        if problem.divergence.read is not None:
+            ref_logp, value = logp + here.t_token - here.kl, here.other
+        elif problem.ref_logp is not None:
+            ref_logp = problem.ref_logp[self.start : self.start + len(logp), None]
+            value = (logp - ref_logp).add_(here.t.gather(1, here.tokens)).clamp_(min=0)
+        else:
+            value = here.kl
+            ref_logp = logp + here.t.gather(1, here.tokens) - value
+        for index in _where(~(here.t_max < MAX_T)):  # also where it is NaN
+            value[index], log_ratio = self._far_divergence(index)
+            if problem.ref_logp is None:
+                ref_logp[index] = logp[index] + log_ratio
+        return ref_logp, value
 
     def _far_divergence(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """(divergence, log q(y)/p(y)) of rows where p underflows, q does not, or −inf forbids.

@@ -3,7 +3,8 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from copy import copy
+from typing import NamedTuple, Self
 
 import torch
 from jaxtyping import Float
@@ -70,6 +71,9 @@ def head_logits(head: OutputHead | ModuleHead, hidden: Float[Tensor, "*B H"]) ->
 class Product(ABC):
     """One model's logits in a call: hidden states times head, chunk by chunk, in `dtype`."""
 
+    sliced: bool
+    """Whether the logits of a part of the vocabulary cost only their share."""
+
     def __init__(
         self,
         hidden: Tensor,
@@ -84,12 +88,19 @@ class Product(ABC):
         self.scale = scale / temperature if softcap is None else scale / softcap
         self.cap = None if softcap is None else softcap / temperature
 
-    def logits(self, rows: slice | Tensor, out: Tensor, slope: Tensor | None = None) -> None:
+    def logits(
+        self,
+        rows: slice | Tensor,
+        out: Tensor,
+        slope: Tensor | None = None,
+        columns: slice | None = None,
+    ) -> None:
         """Fill `out` [n, V] with the logits of some tokens, divided by the temperature.
 
-        `slope` receives what the gradient of the logits must be multiplied by (only with a cap).
+        `slope` receives what the gradient of the logits must be multiplied by (only with a cap);
+        `columns` is a part of the vocabulary, if `sliced` says that this product has parts.
         """
-        self._multiply(rows, out)
+        self._multiply(rows, out, slice(0, self.vocab) if columns is None else columns)
         if self.cap is not None:
             out.tanh_()
             if slope is not None:
@@ -97,7 +108,13 @@ class Product(ABC):
             out.mul_(self.cap)
 
     @abstractmethod
-    def _multiply(self, rows: slice | Tensor, out: Tensor) -> None: ...
+    def _multiply(self, rows: slice | Tensor, out: Tensor, columns: slice) -> None: ...
+
+    def only(self, index: Tensor) -> Self:
+        """The product of some of the tokens."""
+        part = copy(self)
+        part.hidden = self.hidden[index]
+        return part
 
     @abstractmethod
     def gradients(self, inputs: Sequence[Tensor | None], needed: Sequence[bool]) -> "Gradients":
@@ -130,6 +147,8 @@ class Gradients(ABC):
 class LinearProduct(Product):
     """scale · (hidden weightᵀ + bias + Σ s (hidden Aᵀ) Bᵀ)."""
 
+    sliced = True
+
     def __init__(
         self,
         hidden: Tensor,
@@ -153,23 +172,24 @@ class LinearProduct(Product):
         hidden = self.hidden[rows].to(self.dtype)
         return hidden if self.scale == 1.0 else hidden * self.scale
 
-    def weight_slices(self) -> Iterator[tuple[slice, Tensor]]:
-        """Slices of the vocabulary with their rows of the weight."""
-        for start in range(0, self.vocab, _VOCAB_SLICE):
-            columns = slice(start, start + _VOCAB_SLICE)
-            yield columns, self.weight[columns].to(self.dtype)
+    def weight_slices(self, columns: slice) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of the vocabulary, counted from the first of `columns`, with their weight."""
+        weight = self.weight[columns]
+        for start in range(0, len(weight), _VOCAB_SLICE):
+            part = slice(start, start + _VOCAB_SLICE)
+            yield part, weight[part].to(self.dtype)
 
-    def _multiply(self, rows: slice | Tensor, out: Tensor) -> None:
+    def _multiply(self, rows: slice | Tensor, out: Tensor, columns: slice) -> None:
         hidden = self.scaled_hidden(rows)
         # Factors that are bfloat16 already lose nothing in a bfloat16 product with a float32 sum.
         lossless = self.hidden.dtype == self.weight.dtype == torch.bfloat16 and self.scale == 1.0
         with _gemm_precision(torch.bfloat16 if lossless else self.gemm_dtype):
-            for columns, weight in self.weight_slices():
-                torch.mm(hidden, weight.t(), out=out[:, columns])
+            for part, weight in self.weight_slices(columns):
+                torch.mm(hidden, weight.t(), out=out[:, part])
         for a, b, scale in self.adapters:
-            out.addmm_(hidden @ a.t(), b.t(), alpha=scale)
+            out.addmm_(hidden @ a.t(), b[columns].t(), alpha=scale)
         if self.bias is not None:
-            out.add_(self.bias.to(self.dtype) * self.scale)
+            out.add_(self.bias[columns].to(self.dtype) * self.scale)
 
     def gradients(self, inputs: Sequence[Tensor | None], needed: Sequence[bool]) -> Gradients:
         """Sums of the gradients of hidden, weight, bias and the adapters' factors."""
@@ -189,7 +209,7 @@ class _LinearGradients(Gradients):
         hidden_sum, weight_sum, bias_sum, *factor_sums = self.sums
         with _gemm_precision(product.gemm_dtype):
             if hidden_sum is not None:
-                for columns, weight in product.weight_slices():
+                for columns, weight in product.weight_slices(slice(0, vocab)):
                     hidden_sum[rows].addmm_(grad[:, columns], weight, alpha=product.scale)
             if weight_sum is not None:
                 weight_sum[:vocab].addmm_(grad.t(), product.scaled_hidden(rows))
@@ -211,6 +231,8 @@ class _LinearGradients(Gradients):
 class ModuleProduct(Product):
     """scale · module(hidden), differentiated by autograd within each chunk."""
 
+    sliced = False
+
     def __init__(
         self,
         hidden: Tensor,
@@ -226,8 +248,8 @@ class ModuleProduct(Product):
         """What is multiplied, [n, V], differentiable if autograd is on."""
         return _call(self.module, hidden)[:, : self.vocab].to(self.dtype) * self.scale
 
-    def _multiply(self, rows: slice | Tensor, out: Tensor) -> None:
-        out.copy_(self.call(self.hidden[rows]))
+    def _multiply(self, rows: slice | Tensor, out: Tensor, columns: slice) -> None:
+        out.copy_(self.call(self.hidden[rows])[:, columns])
 
     def gradients(self, inputs: Sequence[Tensor | None], needed: Sequence[bool]) -> Gradients:
         """Sums of the gradients of hidden and the module's parameters."""

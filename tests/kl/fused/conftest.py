@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from rlkl.kl.fused import engine, heads
+from rlkl.kl.fused import engine, heads, tiles
 
 
 @pytest.fixture
@@ -13,6 +13,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks and slices that do not divide the sizes used here."""
     monkeypatch.setattr(engine, "_BLOCK_ELEMENTS", 300)
     monkeypatch.setattr(heads, "_VOCAB_SLICE", 32)
+    monkeypatch.setattr(tiles, "_TILE_ROWS", 10)
+    monkeypatch.setattr(tiles, "_TILE_ELEMENTS", 400)
 
 
 @pytest.fixture(params=[1, 2], ids="threads{}".format)

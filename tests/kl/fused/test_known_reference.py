@@ -60,7 +60,7 @@ def test_identical_models_have_exactly_zero_kl_and_gradient(gemm_dtype):
     case = make(n=64, vocab=503).to(torch.float32)
     case = case._replace(ref_hidden=case.policy_hidden, ref_head=case.policy_head)
     policy, leaves = case.leaves()
-    known = fused_token_stats(*policy.positional, gemm_dtype=gemm_dtype).ref_logp
+    known = fused_token_stats(*policy.positional, whole_rows=True, gemm_dtype=gemm_dtype).ref_logp
     loss, stats = fused_token_loss(
         kl_sum, *policy.positional, ref_logp=known, gemm_dtype=gemm_dtype
     )

@@ -19,10 +19,17 @@ from tests.kl.fused.cases import (
     weights,
 )
 
+pytestmark = pytest.mark.usefixtures("small_tiles")
+
+
+@pytest.fixture(params=[False, True], ids=["tiles", "whole_rows"])
+def whole_rows(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
 
 @pytest.mark.parametrize("gemm_dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_identical_models_have_exactly_zero_kl_and_gradient(dtype, gemm_dtype):
+def test_identical_models_have_exactly_zero_kl_and_gradient(dtype, gemm_dtype, whole_rows):
     case = make(n=64, vocab=503)
     case = case._replace(ref_hidden=case.policy_hidden, ref_head=case.policy_head)
     for forbidden in (0, 5):
@@ -31,7 +38,11 @@ def test_identical_models_have_exactly_zero_kl_and_gradient(dtype, gemm_dtype):
         same = case._replace(ref_bias=case.policy_bias, tokens=tokens).to(dtype)
         policy, leaves = same.leaves()
         stats = fused_token_stats(
-            *policy.positional, **policy.bias, temperature=0.7, gemm_dtype=gemm_dtype
+            *policy.positional,
+            **policy.bias,
+            temperature=0.7,
+            whole_rows=whole_rows,
+            gemm_dtype=gemm_dtype,
         )
         assert (stats.kl == 0).all()
         assert (stats.policy_logp == stats.ref_logp).all()
@@ -39,7 +50,7 @@ def test_identical_models_have_exactly_zero_kl_and_gradient(dtype, gemm_dtype):
 
 
 @pytest.mark.parametrize("size", [3e-2, 3e-3, 5e-4])
-def test_small_kl_keeps_its_digits_where_the_direct_formula_has_none(size):
+def test_small_kl_keeps_its_digits_where_the_direct_formula_has_none(size, whole_rows):
     # Multiples of powers of two, small enough that float32 logits are exact: what is left is ours.
     case = make(n=64, vocab=997, hidden=4)
     hidden = (case.policy_hidden * 4).round().clamp(-8, 8)
@@ -49,7 +60,7 @@ def test_small_kl_keeps_its_digits_where_the_direct_formula_has_none(size):
     bias = torch.zeros(997)
     case = Case(hidden, head, bias, hidden, ref_head, bias, case.tokens)
     single = case.to(torch.float32)
-    stats = fused_token_stats(*single.positional)
+    stats = fused_token_stats(*single.positional, whole_rows=whole_rows)
     policy, ref = ((hidden @ x.T).log_softmax(-1) for x in (head, ref_head))
     truth = (policy.exp() * ((policy - ref) + torch.expm1(ref - policy))).sum(-1)
     assert (stats.kl >= 0).all()
@@ -63,14 +74,14 @@ def test_small_kl_keeps_its_digits_where_the_direct_formula_has_none(size):
         assert (direct < 0).any()
 
 
-def test_kl_is_never_negative_whatever_the_rounding():
+def test_kl_is_never_negative_whatever_the_rounding(whole_rows):
     for size in (1e-4, 1e-5, 1e-6, 1e-7):
         case = shifted(make(n=200, vocab=500), size).to(torch.float32)
-        assert (fused_token_stats(*case.positional).kl >= 0).all()
+        assert (fused_token_stats(*case.positional, whole_rows=whole_rows).kl >= 0).all()
 
 
 @pytest.mark.parametrize("scale", [10.0, 100.0, 1000.0])
-def test_far_apart_models_neither_overflow_nor_lose_the_reference_mass(scale):
+def test_far_apart_models_neither_overflow_nor_lose_the_reference_mass(scale, whole_rows):
     case = make()
     case = case._replace(
         policy_hidden=case.policy_hidden * scale, ref_hidden=case.ref_hidden * scale
@@ -80,7 +91,9 @@ def test_far_apart_models_neither_overflow_nor_lose_the_reference_mass(scale):
     expected = naive(truth)
     expected_gradients = gradients(combine(expected, *weights(29)), leaves)
     policy, leaves = single.leaves()
-    stats = fused_token_stats(*policy.positional, **policy.bias, chunk_size=10)
+    stats = fused_token_stats(
+        *policy.positional, **policy.bias, chunk_size=10, whole_rows=whole_rows
+    )
     assert_close(stats, expected, 1e-5, 1e-5 * scale)
     # Logits of this size are themselves rounded: allow three times what that does to the naive.
     rounded, rounded_leaves = single.leaves()
@@ -106,16 +119,17 @@ def test_tokens_the_policy_forbids_count_for_nothing(forbidden_in_ref, threads):
     loss, stats = fused_token_loss(combine, *policy.positional, *w, **policy.bias, chunk_size=10)
     assert_close(stats, expected, 1e-11, 1e-11)
     assert_close(gradients(loss, leaves[:2]), expected_gradients, 1e-11, 1e-11)
+    assert_close(fused_token_stats(*case.positional, **case.bias), expected, 1e-11, 1e-11)
     alone = fused_token_logp(
         case.policy_hidden, case.policy_head, case.tokens, policy_bias=case.policy_bias
     )
     assert_close(alone, (expected.policy_logp, expected.entropy), 1e-11, 1e-11)
 
 
-def test_kl_is_infinite_where_the_reference_forbids_what_the_policy_allows():
+def test_kl_is_infinite_where_the_reference_forbids_what_the_policy_allows(whole_rows):
     case = make()
     case.ref_bias[3] = -torch.inf
-    stats = fused_token_stats(*case.positional, **case.bias)
+    stats = fused_token_stats(*case.positional, **case.bias, whole_rows=whole_rows)
     assert (stats.kl == torch.inf).all()
     assert stats.policy_logp.isfinite().all()
     assert stats.entropy.isfinite().all()

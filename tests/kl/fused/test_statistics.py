@@ -124,6 +124,26 @@ def test_any_shape_gives_the_naive_result(n, vocab, hidden, ref, chunk_size, see
     )
     assert_close(stats, expected, 1e-10, 1e-10)
     assert_close(gradients(loss, leaves), expected_gradients, 1e-10, 1e-10)
+    for whole_rows in (False, True):
+        alone = fused_token_stats(
+            *case.positional, **case.bias, chunk_size=chunk_size, whole_rows=whole_rows
+        )
+        assert_close(alone, expected, 1e-10, 1e-10)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("chunk_size", [None, 8])
+def test_whole_rows_have_the_bits_of_the_loss(chunk_size, threads):
+    case, w = make(n=64, vocab=997).to(torch.float32), weights(64)
+    alone = fused_token_stats(*case.positional, **case.bias, whole_rows=True)
+    own = case.policy_hidden, case.policy_head, case.tokens
+    policy_bias = {"policy_bias": case.policy_bias}
+    policy = fused_token_logp(*own, **policy_bias, whole_rows=True)
+    _, stats = fused_token_loss(combine, *case.positional, *w, **case.bias, chunk_size=chunk_size)
+    _, logp = fused_logp_loss(combine, *own, *w, **policy_bias, chunk_size=chunk_size)
+    assert all((x == y).all() for x, y in zip(alone, stats, strict=True))
+    assert all((x == y).all() for x, y in zip(policy, logp, strict=True))
+    assert (alone.policy_logp == policy.policy_logp).all()
 
 
 def test_no_tokens_give_empty_statistics_and_zero_loss():
@@ -131,7 +151,8 @@ def test_no_tokens_give_empty_statistics_and_zero_loss():
     policy, leaves = case.leaves()
     loss, stats = fused_token_loss(combine, *policy.positional, *weights(0), **policy.bias)
     assert loss == 0
-    assert all(x.shape == (0,) for x in stats)
+    for empty in (stats, fused_token_stats(*case.positional)):
+        assert [x.shape for x in empty] == [(0,)] * 4
     assert all((x == 0).all() for x in gradients(loss, leaves))
 
 
