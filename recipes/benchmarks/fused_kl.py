@@ -70,11 +70,17 @@ class Ratio(NamedTuple):
     over: str
     gradient: bool
     field: str
-    goal: float
+    goal: float | None
 
 
+# The gradient of the head, which every way must hold, is another share of each shape.
+MEMORY_GOALS = {
+    (2048, 50257, 768): 0.11,
+    (4096, 50257, 768): 0.055,
+    (1024, 151936, 1024): 0.25,
+}
 RATIOS = [
-    Ratio("memory with gradient, over naive", "fused", "naive", True, "memory_mb", 0.11),
+    Ratio("memory with gradient, over naive", "fused", "naive", True, "memory_mb", None),
     Ratio("time with gradient, over naive", "fused", "naive", True, "time", 0.70),
     Ratio("time with gradient, over its products", "fused", "bare_products", True, "time", 1.15),
     Ratio("value only: time over naive", "fused", "naive", False, "time", 0.60),
@@ -276,7 +282,7 @@ def tables(records: list[dict[str, Any]]) -> Iterator[Table]:
                     for field, digits in (("wall", 2), ("cpu", 2), ("memory_mb", 0))
                 ]
                 for field in ("time", "memory_mb"):
-                    found = ratio(here, Ratio("", variant, base, gradient, field, 0))
+                    found = ratio(here, Ratio("", variant, base, gradient, field, None))
                     cells.append(f"{statistics.median(found):.2f}" if found else "")
                 table.add_row(LABELS.get(variant, variant), "yes" if gradient else "no", *cells)
         yield table
@@ -286,12 +292,14 @@ def tables(records: list[dict[str, Any]]) -> Iterator[Table]:
         for wanted in RATIOS:
             if found := ratio(here, wanted):
                 middle = statistics.median(found)
+                goal = wanted.goal or MEMORY_GOALS.get((n, vocab, width))
+                verdict = "" if goal is None else "met" if middle <= goal else "not met"
                 goals.add_row(
                     wanted.title,
-                    f"≤ {wanted.goal}",
+                    "" if goal is None else f"≤ {goal}",
                     f"{middle:.3f}",
                     f"{min(found):.3f}–{max(found):.3f}",
-                    "met" if middle <= wanted.goal else "not met",
+                    verdict,
                 )
         yield goals
 

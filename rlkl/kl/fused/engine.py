@@ -28,7 +28,7 @@ from rlkl.kl.fused.workers import Workers
 # A chunk holds about this many logits of each model (42 MB in float32), within these rows. Fewer
 # rows make the products slower: each chunk reads the whole head and adds to its whole gradient.
 _CHUNK_ELEMENTS = 10_500_000
-_CHUNK_ROWS = (112, 512)
+_CHUNK_ROWS = (208, 512)
 # Element-wise passes run on blocks of this many logits: p, t and scratch fit a 2 MB cache.
 _BLOCK_ELEMENTS = 131_072
 # Below this many nats, eᵗ − t − 1 by subtraction has lost the digits that count.
