@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import plotly.graph_objects as go
 import yaml
 from jinja2 import Environment, PackageLoader
@@ -34,7 +33,6 @@ def write_report(result: SweepResult, folder: Path) -> Analysis:
     figure = figures.still_figure(analysis)
     for kind in ("png", "pdf"):
         figure.savefig(folder / f"frontier.{kind}", dpi=200)
-    plt.close(figure)
     write_csv(analysis, folder / "points.csv")
     (folder / "frontier.json").write_text(json.dumps(frontier_json(analysis)) + "\n")
     result.save(folder / "records.jsonl")
