@@ -25,7 +25,6 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase, PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 from trl import ModelConfig, get_peft_config
 
@@ -38,6 +37,7 @@ from rlkl.evaluation.student import StudentEvaluation, evaluate_student
 from rlkl.models import check_same_tokenizer, load_causal_lm, load_tokenizer
 from rlkl.trainers import DistillConfig, DistillTrainer, RichProgress, StopOnInterrupt
 from rlkl.trainers.distill_metrics import both_directions
+from rlkl.trainers.resume import FREE, check_settings, last_checkpoint
 from rlkl.trainers.tracking import log_final
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -179,26 +179,17 @@ def _unfinished(output_dir: Path, settings: dict[str, Any], console: Console) ->
     Raises:
         ValueError: the folder holds a stopped run with other settings.
     """
-    free = ("output_dir", "logging_dir", "report_to", "run_name", "threads", "save_steps")
-    kept = {k: v for k, v in settings.items() if k not in free and not k.startswith("judge_")}
-    kept = json.loads(json.dumps(kept, default=str))
+    kept = {k: v for k, v in settings.items() if k not in FREE and not k.startswith("judge_")}
     file = output_dir / "settings.json"
-    checkpoint = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    checkpoint = last_checkpoint(output_dir)
     stopped = checkpoint is not None and not (output_dir / "summary.json").is_file()
     if stopped and file.is_file():
-        earlier = json.loads(file.read_text())
-        differing = [k for k in kept if earlier.get(k) != kept[k]]
-        if differing:
-            key = differing[0]
-            raise ValueError(
-                f"{output_dir} holds an unfinished run with {key}={earlier.get(key)}, not "
-                f"{kept[key]}: choose another --output_dir, or delete that folder"
-            )
+        check_settings(file, kept, "an unfinished run")
         console.print(f"going on from {checkpoint}")
         return checkpoint
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "summary.json").unlink(missing_ok=True)
-    file.write_text(json.dumps(kept, indent=2) + "\n")
+    file.write_text(json.dumps(kept, indent=2, default=str) + "\n")
     return None
 
 

@@ -114,7 +114,7 @@ def _caption(analysis: Analysis) -> str:
     return text + (
         f" Optimum: the reference tilted by exp(reward/β), from {reference['samples']} samples for "
         f"each of the same prompts, which carry it up to {reference['trusted_kl']:.2f} nats (at "
-        f"least 16 effective samples); two halves of the samples differ by at most {gap:.2f}; the "
+        f"least 16 effective samples); two halves of the samples differ by at most {gap:.2g}; the "
         "band is the error over prompts. Up to the errors, no policy has more reward at the same "
         "KL. Best of n is drawn at the upper bound of its KL."
     )
