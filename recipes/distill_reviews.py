@@ -23,7 +23,6 @@ import json
 import os
 import shutil
 import time
-import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
 from distill_students import StudentArguments, warmed_up
 from rich.console import Console
 from rich.progress import Progress
@@ -43,9 +42,9 @@ from rich.table import Table
 from scipy.stats import t as student_t
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
-from transformers.utils import logging
 
 from rlkl.cli import SettingsParser, refusing_bad_input
+from rlkl.cli.quiet import quiet_libraries
 from rlkl.data import EMBEDDED_EVAL_PROMPTS, EMBEDDED_TRAIN_PROMPTS, load_prompts, load_reviews
 from rlkl.evaluation.student import evaluate_student
 from rlkl.kl import sequence_kl
@@ -114,7 +113,7 @@ def main() -> None:
             raise ValueError(f"losses: {unknown[0]!r} is unknown; use some of {', '.join(NAMES)}")
         if not task.seeds or not task.losses:
             raise ValueError("losses and seeds must each name at least one")
-        quiet()
+        quiet_libraries()
         if task.threads is not None:
             torch.set_num_threads(task.threads)
         tokenizer, teacher = load_tokenizer(task.teacher), load_causal_lm(task.teacher).eval()
@@ -163,14 +162,6 @@ def write(file: Path, text: str) -> None:
     temporary = file.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(text)
     os.replace(temporary, file)
-
-
-def quiet() -> None:
-    """Leaves the screen to the recipe."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    disable_progress_bars()
-    warnings.filterwarnings("ignore", module="torch|transformers|accelerate|datasets")
 
 
 def keep_settings(output_dir: Path, task: dict[str, Any], args: DistillConfig) -> None:

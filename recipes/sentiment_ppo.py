@@ -15,7 +15,6 @@ import os
 import shutil
 import sys
 import time
-import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,11 +31,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase, PrinterCallback
-from transformers.utils import logging
 from trl import ModelConfig, get_peft_config
 
 from reward_models import EMBEDDED_JUDGE, RewardModel, SentimentReward
 from rlkl.cli import SettingsParser, refusing_bad_input
+from rlkl.cli.quiet import quiet_libraries
 from rlkl.data import EMBEDDED_EVAL_PROMPTS, EMBEDDED_TRAIN_PROMPTS, load_prompts
 from rlkl.evaluation import BestOfN, Evaluation, best_of_n, evaluate_policy
 from rlkl.models import check_same_tokenizer, frozen_copy, load_causal_lm, load_tokenizer
@@ -109,7 +108,7 @@ def main() -> None:
             description=__doc__,
         )
         task, args, model_args = parser.parse(str(HERE / "sentiment_ppo.yaml"))
-        quiet()
+        quiet_libraries()
         if task.threads is not None:
             torch.set_num_threads(task.threads)
         tokenizer = load_tokenizer(model_args.model_name_or_path)
@@ -213,13 +212,6 @@ def main() -> None:
         f"\nWritten to [bold]{output_dir}[/bold]: summary.json, samples.json, metrics.jsonl, "
         f"completions.jsonl, {plot.name}, policy/ (for from_pretrained), wandb/"
     )
-
-
-def quiet() -> None:
-    """Leaves the screen to the recipe: no progress bars and notices of the libraries below."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="torch|transformers|accelerate|datasets")
 
 
 def checkpoint_to_resume(

@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,16 @@ from typing import Any
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase, PrinterCallback
-from transformers.utils import logging
 from trl import ModelConfig, get_peft_config
 
 from rlkl.cli.errors import refusing_bad_input
 from rlkl.cli.json_output import write_json
+from rlkl.cli.quiet import quiet_libraries
 from rlkl.cli.settings import SettingsParser
 from rlkl.data import load_pairs
 from rlkl.evaluation.judge import JUDGE_PROMPT, Judge
@@ -87,10 +86,7 @@ def run() -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         task, args, model_args = parser.parse()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        disable_progress_bars()
-        warnings.filterwarnings("ignore", module="torch|transformers|accelerate|datasets")
+        quiet_libraries()
         if task.threads is not None:
             torch.set_num_threads(task.threads)
         trainer, tokenizer, held_out, judge = _prepare(task, args, model_args, console)
