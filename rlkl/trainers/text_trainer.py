@@ -29,7 +29,6 @@ class TextTrainer(Trainer, ABC):
         ValueError: several processes were started.
     """
 
-    args: RunArguments
     model: PreTrainedModel | PeftModel
 
     def __init__(
