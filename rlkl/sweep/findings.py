@@ -96,7 +96,7 @@ def _apart(comparison: Comparison) -> str:
         return ""
     ahead = comparison.first if row[0][2] > 0 else comparison.second
     return (
-        f" But taken one by one, those from {row[0][0]:.2f} to {row[-1][0]:.2f} nats do not: there "
+        f" But KL by KL, the intervals from {row[0][0]:.2f} to {row[-1][0]:.2f} nats do not: there "
         f"{ahead} is ahead, by up to {max(abs(value) for _, value, _ in row):.2f}."
     )
 

@@ -79,7 +79,7 @@ def test_a_row_of_kls_that_differ_is_said_though_the_mean_does_not(make_result, 
     first = findings(replace(analysis, reward=reward))[0]["text"]
     assert said in first
     assert first.endswith(".")
-    assert ("one by one" in first) == ("ahead" in said)
+    assert ("KL by KL" in first) == ("ahead" in said)
 
 
 def test_it_says_when_seeds_are_too_few_and_cells_failed(make_result):
