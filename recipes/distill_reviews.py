@@ -23,10 +23,9 @@ import json
 import os
 import shutil
 import time
-import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -35,28 +34,25 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
+from distill_students import StudentArguments, warmed_up
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from scipy.stats import t as student_t
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-)
-from transformers.utils import logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
 from rlkl.cli import SettingsParser, refusing_bad_input
+from rlkl.cli.quiet import quiet_libraries
 from rlkl.data import EMBEDDED_EVAL_PROMPTS, EMBEDDED_TRAIN_PROMPTS, load_prompts, load_reviews
 from rlkl.evaluation.student import evaluate_student
-from rlkl.kl import fused_logp_loss, sequence_kl
-from rlkl.models import load_causal_lm, load_tokenizer, output_head, response_hidden
-from rlkl.rollout import DivergenceRecord, given_responses, sample_responses
+from rlkl.kl import sequence_kl
+from rlkl.models import load_causal_lm, load_tokenizer
+from rlkl.rollout import DivergenceRecord, sample_responses
 from rlkl.trainers import DistillConfig, DistillTrainer, RichProgress, StopOnInterrupt
 from rlkl.trainers.distill_metrics import both_directions
+from rlkl.trainers.resume import check_settings
 from rlkl.trainers.run_config import RunArguments
 from rlkl.trainers.tracking import log_final
 
@@ -94,18 +90,11 @@ class ReviewsArguments:
     teacher: str | None = field(
         default=None, metadata={"help": "Hub id or folder; None: the embedded review LM."}
     )
-    student_width: int = field(default=96, metadata={"help": "n_embd of the student, a GPT-2."})
-    student_layers: int = field(default=4, metadata={"help": "n_layer of the student."})
     texts: str | None = field(
         default=None, metadata={"help": "Reviews to train on (jsonl or hub id); None: teacher's."}
     )
     corpus_size: int = field(default=4096, metadata={"help": "Training texts."})
     num_eval: int = field(default=256, metadata={"help": "Held-out prompts."})
-    warm_up_steps: int = field(
-        default=256, metadata={"help": "Cross-entropy steps; 0: nothing but the embeddings."}
-    )
-    warm_up_batch_size: int = field(default=32, metadata={"help": "Texts a step."})
-    warm_up_learning_rate: float = field(default=3e-3, metadata={"help": "Peak; falls to 0."})
     threads: int | None = field(
         default=None, metadata={"help": "CPU threads; None: torch's choice."}
     )
@@ -115,16 +104,16 @@ def main() -> None:
     console = Console()
     with refusing_bad_input():
         parser = SettingsParser(
-            (ReviewsArguments, DistillConfig),
+            (ReviewsArguments, StudentArguments, DistillConfig),
             description=__doc__,
         )
-        task, args = parser.parse(str(HERE / "distill_reviews.yaml"))
+        task, of_student, args = parser.parse(str(HERE / "distill_reviews.yaml"))
         unknown = [loss for loss in task.losses if loss not in NAMES]
         if unknown:
             raise ValueError(f"losses: {unknown[0]!r} is unknown; use some of {', '.join(NAMES)}")
         if not task.seeds or not task.losses:
             raise ValueError("losses and seeds must each name at least one")
-        quiet()
+        quiet_libraries()
         if task.threads is not None:
             torch.set_num_threads(task.threads)
         tokenizer, teacher = load_tokenizer(task.teacher), load_causal_lm(task.teacher).eval()
@@ -134,9 +123,9 @@ def main() -> None:
                 "gpt2 alone: use rlkl distill with a student of your own"
             )
         output_dir = Path(str(args.output_dir))
-        check_settings(output_dir, task, args)
+        keep_settings(output_dir, asdict(task) | asdict(of_student), args)
     try:
-        records = all_runs(output_dir, teacher, tokenizer, task, args, console)
+        records = all_runs(output_dir, teacher, tokenizer, task, of_student, args, console)
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on with what is not finished")
         raise SystemExit(130) from None
@@ -148,6 +137,7 @@ def all_runs(
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: ReviewsArguments,
+    of_student: StudentArguments,
     args: DistillConfig,
     console: Console,
 ) -> list[dict[str, Any]]:
@@ -156,7 +146,8 @@ def all_runs(
     held_out = corpus(output_dir, "eval", teacher, tokenizer, task, args, console)
     records = []
     for seed in task.seeds:
-        student = warmed_up(output_dir, seed, teacher, tokenizer, train_data, task, args, console)
+        folder = output_dir / "students" / f"seed{seed}"
+        student = warmed_up(folder, seed, teacher, tokenizer, train_data, of_student, args, console)
         for loss in task.losses:
             file = output_dir / "runs" / f"{loss}-seed{seed}" / "record.json"
             if not file.is_file():
@@ -173,32 +164,15 @@ def write(file: Path, text: str) -> None:
     os.replace(temporary, file)
 
 
-def quiet() -> None:
-    """Leaves the screen to the recipe."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    disable_progress_bars()
-    warnings.filterwarnings("ignore", module="torch|transformers|accelerate|datasets")
-
-
-def check_settings(output_dir: Path, task: ReviewsArguments, args: DistillConfig) -> None:
+def keep_settings(output_dir: Path, task: dict[str, Any], args: DistillConfig) -> None:
     """Keeps the settings that runs must share; refuses a folder that holds runs with others."""
-    free = ("losses", "seeds", "threads")
-    shared: dict[str, Any] = {k: v for k, v in asdict(task).items() if k not in free}
+    shared = {k: v for k, v in task.items() if k not in ("losses", "seeds", "threads")}
     own = {f.name for f in fields(DistillConfig)} - {f.name for f in fields(RunArguments)}
     own |= {"max_steps", "learning_rate", "per_device_train_batch_size", "eval_steps"}
     shared |= {name: getattr(args, name) for name in sorted(own - {"loss"})}
-    shared = json.loads(json.dumps(shared))
     file = output_dir / "settings.json"
     if file.is_file():
-        earlier = json.loads(file.read_text())
-        differing = [k for k in shared if earlier.get(k) != shared[k]]
-        if differing:
-            key = differing[0]
-            raise ValueError(
-                f"{output_dir} holds runs with {key}={earlier.get(key)}, not {shared[key]}: choose "
-                "another --output_dir, or delete that folder"
-            )
+        check_settings(file, shared, "runs")
     elif output_dir.is_dir() and any(output_dir.iterdir()):
         raise ValueError(f"{output_dir} holds files of something else; choose another --output_dir")
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -240,79 +214,6 @@ def corpus(
             rows = [{"prompt": prompt, "completion": text} for prompt, text in pairs]
         write(file, "".join(json.dumps(row) + "\n" for row in rows))
     return Dataset.from_list([json.loads(line) for line in file.read_text().splitlines()])
-
-
-def warmed_up(
-    output_dir: Path,
-    seed: int,
-    teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Dataset,
-    task: ReviewsArguments,
-    args: DistillConfig,
-    console: Console,
-) -> PreTrainedModel:
-    """The student from which all losses of a seed start: taught by cross-entropy."""
-    folder = output_dir / "students" / f"seed{seed}"
-    if folder.is_dir():
-        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    config = copy.deepcopy(teacher.config)
-    config.n_embd, config.n_layer = task.student_width, task.student_layers
-    torch.manual_seed(seed)
-    student = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    begin_with_embeddings(student, teacher)
-    share = student.num_parameters() / teacher.num_parameters()
-    console.print(f"student: {student.num_parameters():,} parameters, {share:.0%} of the teacher")
-    optimizer = torch.optim.AdamW(student.parameters(), lr=task.warm_up_learning_rate)
-    steps, batch_size = task.warm_up_steps, task.warm_up_batch_size
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(data), generator=generator)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 50) * (1 - step / max(1, steps))
-    )
-    with Progress(console=console, transient=True) as progress:
-        for _ in progress.track(range(steps), description=f"warm-up, seed {seed}"):
-            if len(order) < batch_size:  # the next pass over the corpus
-                order = torch.cat([order, torch.randperm(len(data), generator=generator)])
-            rows, order = order[:batch_size], order[batch_size:]
-            batch = data[rows.tolist()]
-            prompts = batch.get("prompt")
-            completions = batch["text"] if prompts is None else batch["completion"]
-            responses = given_responses(tokenizer, prompts, completions, args.response_length)
-            length = responses.tokens.shape[1]
-            with torch.autocast("cpu", torch.bfloat16, enabled=bool(args.bf16)):
-                hidden = response_hidden(
-                    student, responses.input_ids, responses.attention_mask, length
-                )
-            loss, _ = fused_logp_loss(
-                lambda stats, count: -(stats.policy_logp / count).sum(),
-                hidden[responses.mask],
-                output_head(student),
-                responses.tokens[responses.mask],
-                responses.mask.sum().expand(int(responses.mask.sum())),
-            )
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-    unfinished = folder.with_name(f"seed{seed}.tmp")
-    student.save_pretrained(unfinished)
-    os.replace(unfinished, folder)
-    return student
-
-
-@torch.no_grad()
-def begin_with_embeddings(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """The teacher's embeddings E in the student's width: E V, V the first right singular vectors.
-
-    Cross-entropy alone would spend most of the warm-up on finding them.
-    """
-    embeddings = cast(Tensor, teacher.get_input_embeddings().weight)
-    directions = torch.linalg.svd(embeddings.float(), full_matrices=False).Vh
-    own = cast(Tensor, student.get_input_embeddings().weight)
-    width = min(own.shape[1], len(directions))
-    own[:, :width] = embeddings @ directions[:width].T
 
 
 def run(

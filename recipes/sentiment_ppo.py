@@ -15,7 +15,6 @@ import os
 import shutil
 import sys
 import time
-import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,12 +31,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase, PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging
 from trl import ModelConfig, get_peft_config
 
 from reward_models import EMBEDDED_JUDGE, RewardModel, SentimentReward
 from rlkl.cli import SettingsParser, refusing_bad_input
+from rlkl.cli.quiet import quiet_libraries
 from rlkl.data import EMBEDDED_EVAL_PROMPTS, EMBEDDED_TRAIN_PROMPTS, load_prompts
 from rlkl.evaluation import BestOfN, Evaluation, best_of_n, evaluate_policy
 from rlkl.models import check_same_tokenizer, frozen_copy, load_causal_lm, load_tokenizer
@@ -48,6 +46,7 @@ from rlkl.trainers import (
     RichProgress,
     StopOnInterrupt,
 )
+from rlkl.trainers.resume import FREE, check_settings, last_checkpoint
 from rlkl.trainers.tracking import wandb_run
 
 HERE = Path(__file__).parent
@@ -109,7 +108,7 @@ def main() -> None:
             description=__doc__,
         )
         task, args, model_args = parser.parse(str(HERE / "sentiment_ppo.yaml"))
-        quiet()
+        quiet_libraries()
         if task.threads is not None:
             torch.set_num_threads(task.threads)
         tokenizer = load_tokenizer(model_args.model_name_or_path)
@@ -215,13 +214,6 @@ def main() -> None:
     )
 
 
-def quiet() -> None:
-    """Leaves the screen to the recipe: no progress bars and notices of the libraries below."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="torch|transformers|accelerate|datasets")
-
-
 def checkpoint_to_resume(
     output_dir: Path, settings: dict[str, Any], console: Console
 ) -> str | None:
@@ -231,20 +223,11 @@ def checkpoint_to_resume(
     Raises:
         ValueError: the folder holds an unfinished run with other settings, or something else.
     """
-    volatile = ("output_dir", "logging_dir", "report_to", "run_name", "threads", "save_steps")
-    kept = {k: v for k, v in settings.items() if k not in volatile}
-    kept = json.loads(json.dumps(kept, default=str))
+    kept = {k: v for k, v in settings.items() if k not in FREE}
     file = output_dir / "settings.json"
-    checkpoint = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    checkpoint = last_checkpoint(output_dir)
     if file.is_file() and checkpoint is not None and (output_dir / "before.pt").is_file():
-        earlier = json.loads(file.read_text())
-        differing = [k for k in kept if earlier.get(k) != kept[k]]
-        if differing:
-            key = differing[0]
-            raise ValueError(
-                f"{output_dir} holds an unfinished run with {key}={earlier.get(key)}, not "
-                f"{kept[key]}: choose another --output_dir, or delete that folder"
-            )
+        check_settings(file, kept, "an unfinished run")
         console.print(f"going on from {checkpoint}")
         return checkpoint
     if output_dir.is_dir() and any(output_dir.iterdir()) and not file.is_file():
@@ -254,7 +237,7 @@ def checkpoint_to_resume(
             console.print(f"[dim]replacing the finished run in {output_dir}[/dim]")
         shutil.rmtree(output_dir)
     output_dir.mkdir(parents=True)
-    file.write_text(json.dumps(kept, indent=2) + "\n")
+    file.write_text(json.dumps(kept, indent=2, default=str) + "\n")
     return None
 
 

@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,16 @@ from typing import Any
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase, PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging
 from trl import ModelConfig, get_peft_config
 
 from rlkl.cli.errors import refusing_bad_input
 from rlkl.cli.json_output import write_json
+from rlkl.cli.quiet import quiet_libraries
 from rlkl.cli.settings import SettingsParser
 from rlkl.data import load_pairs
 from rlkl.evaluation.judge import JUDGE_PROMPT, Judge
@@ -38,6 +36,7 @@ from rlkl.evaluation.student import StudentEvaluation, evaluate_student
 from rlkl.models import check_same_tokenizer, load_causal_lm, load_tokenizer
 from rlkl.trainers import DistillConfig, DistillTrainer, RichProgress, StopOnInterrupt
 from rlkl.trainers.distill_metrics import both_directions
+from rlkl.trainers.resume import FREE, check_settings, last_checkpoint
 from rlkl.trainers.tracking import log_final
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -87,10 +86,7 @@ def run() -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         task, args, model_args = parser.parse()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        disable_progress_bars()
-        warnings.filterwarnings("ignore", module="torch|transformers|accelerate|datasets")
+        quiet_libraries()
         if task.threads is not None:
             torch.set_num_threads(task.threads)
         trainer, tokenizer, held_out, judge = _prepare(task, args, model_args, console)
@@ -179,26 +175,17 @@ def _unfinished(output_dir: Path, settings: dict[str, Any], console: Console) ->
     Raises:
         ValueError: the folder holds a stopped run with other settings.
     """
-    free = ("output_dir", "logging_dir", "report_to", "run_name", "threads", "save_steps")
-    kept = {k: v for k, v in settings.items() if k not in free and not k.startswith("judge_")}
-    kept = json.loads(json.dumps(kept, default=str))
+    kept = {k: v for k, v in settings.items() if k not in FREE and not k.startswith("judge_")}
     file = output_dir / "settings.json"
-    checkpoint = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    checkpoint = last_checkpoint(output_dir)
     stopped = checkpoint is not None and not (output_dir / "summary.json").is_file()
     if stopped and file.is_file():
-        earlier = json.loads(file.read_text())
-        differing = [k for k in kept if earlier.get(k) != kept[k]]
-        if differing:
-            key = differing[0]
-            raise ValueError(
-                f"{output_dir} holds an unfinished run with {key}={earlier.get(key)}, not "
-                f"{kept[key]}: choose another --output_dir, or delete that folder"
-            )
+        check_settings(file, kept, "an unfinished run")
         console.print(f"going on from {checkpoint}")
         return checkpoint
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "summary.json").unlink(missing_ok=True)
-    file.write_text(json.dumps(kept, indent=2) + "\n")
+    file.write_text(json.dumps(kept, indent=2, default=str) + "\n")
     return None
 
 

@@ -12,7 +12,9 @@ from rlkl.sweep.records import Point, SweepResult
 
 Measure = Literal["reward", "judge"]
 GRID = 25
-"""KLs at which curves are compared and bands drawn."""
+"""KLs at which curves are compared."""
+LEVELS = 200
+"""KLs, at most, at which it is said what is attained."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Frontier:
     attained: dict[str, list[Estimate]]
     """The same at `kls`, with intervals."""
     kls: list[float]
+    """0 and the KLs of the points, where what is attained changes (`LEVELS` of them)."""
     comparisons: list[Comparison]
 
 
@@ -59,7 +62,8 @@ def frontier(result: SweepResult, measure: Measure = "reward", resamples: int = 
     if result.reference is not None:
         floor = float(result.reference[measure])
     reference_point = (float(values[:, 0].max()), floor)
-    kls = np.linspace(0.0, reference_point[0], GRID)
+    kls = np.unique(np.append(0.0, values[:, 0]))
+    kls = kls[np.linspace(0, len(kls) - 1, min(len(kls), LEVELS)).round().astype(int)]
     arms = replicas.names
     original = replicas.original()
 

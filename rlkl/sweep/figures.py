@@ -3,10 +3,6 @@
 from itertools import cycle
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import plotly.graph_objects as go
 from matplotlib.axes import Axes
@@ -173,7 +169,8 @@ def interactive_attainment(analysis: Analysis, front: Frontier) -> go.Figure:
     figure = go.Figure()
     for arm, (colour, _, _) in styles(analysis.result.arms).items():
         attained = front.attained[arm]
-        _add_band(figure, front.kls, attained, colour, arm)
+        steps = [kl for kl in front.kls for _ in range(2)][1:]
+        _add_band(figure, steps, [e for e in attained for _ in range(2)][:-1], colour, arm)
         figure.add_scatter(
             x=front.kls,
             y=[e.value for e in attained],
@@ -241,9 +238,8 @@ def _laid_out(figure: go.Figure, vertical: str, height: int = 560) -> go.Figure:
 def still_figure(analysis: Analysis) -> Figure:
     """Reward and, beside it, the judge's score against the KL: for a paper."""
     fronts = [f for f in (analysis.reward, analysis.judge) if f is not None]
-    figure, axes = plt.subplots(
-        1, len(fronts), figsize=(5.2 * len(fronts), 4.2), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(5.2 * len(fronts), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(fronts), squeeze=False)
     for axis, front in zip(axes[0], fronts, strict=True):
         _draw(axis, analysis, front)
     axes[0, 0].legend(frameon=False, fontsize=8, loc="best")

@@ -1,5 +1,6 @@
 """A sweep in sentences: what its page, its W&B summary and the command line say of it."""
 
+from itertools import groupby
 from typing import Any
 
 from rlkl.sweep.analysis import Comparison
@@ -72,10 +73,31 @@ def _said(comparison: Comparison) -> str:
         mean = Estimate(-mean.value, ci95)
     verdict = ""
     if mean.ci95 is not None and mean.ci95[0] <= 0:
-        verdict = " The interval holds 0: no difference is shown."
+        verdict = f" The interval holds 0: no difference is shown.{_apart(comparison)}"
     return (
         f"At equal KL, from {comparison.kls[0]:.2f} to {comparison.kls[-1]:.2f} nats, {more} has "
         f"{signed(mean)} reward over {less}.{verdict}"
+    )
+
+
+def _apart(comparison: Comparison) -> str:
+    """Where the arms differ all the same: the longest row of KLs whose intervals do not hold 0.
+
+    Rows of one or two say nothing: each interval leaves 0 by chance in one case of twenty.
+    """
+    points = [
+        (kl, e.value, (e.ci95[0] > 0) - (e.ci95[1] < 0))
+        for kl, e in zip(comparison.kls, comparison.difference, strict=True)
+        if e.ci95 is not None
+    ]
+    rows = [list(row) for sign, row in groupby(points, lambda point: point[2]) if sign]
+    row = max(rows, key=len, default=[])
+    if len(row) < 3:
+        return ""
+    ahead = comparison.first if row[0][2] > 0 else comparison.second
+    return (
+        f" But KL by KL, the intervals from {row[0][0]:.2f} to {row[-1][0]:.2f} nats do not: there "
+        f"{ahead} is ahead, by up to {max(abs(value) for _, value, _ in row):.2f}."
     )
 
 

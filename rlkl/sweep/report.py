@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import plotly.graph_objects as go
 import yaml
 from jinja2 import Environment, PackageLoader
@@ -34,7 +33,6 @@ def write_report(result: SweepResult, folder: Path) -> Analysis:
     figure = figures.still_figure(analysis)
     for kind in ("png", "pdf"):
         figure.savefig(folder / f"frontier.{kind}", dpi=200)
-    plt.close(figure)
     write_csv(analysis, folder / "points.csv")
     (folder / "frontier.json").write_text(json.dumps(frontier_json(analysis)) + "\n")
     result.save(folder / "records.jsonl")
@@ -116,7 +114,7 @@ def _caption(analysis: Analysis) -> str:
     return text + (
         f" Optimum: the reference tilted by exp(reward/β), from {reference['samples']} samples for "
         f"each of the same prompts, which carry it up to {reference['trusted_kl']:.2f} nats (at "
-        f"least 16 effective samples); two halves of the samples differ by at most {gap:.2f}; the "
+        f"least 16 effective samples); two halves of the samples differ by at most {gap:.2g}; the "
         "band is the error over prompts. Up to the errors, no policy has more reward at the same "
         "KL. Best of n is drawn at the upper bound of its KL."
     )

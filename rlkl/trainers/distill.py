@@ -8,11 +8,8 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.integrations import WandbCallback
-from transformers.trainer_utils import TrainOutput
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from rlkl.data import collate_prompts
 from rlkl.kl import TokenStats, fused_logp_loss, fused_token_loss, future_kl
 from rlkl.kl.chunked import vocabulary_of
 from rlkl.models import output_head, response_hidden
@@ -28,13 +25,12 @@ from rlkl.rollout.divergence import (
 from rlkl.rollout.given import given_responses
 from rlkl.rollout.records import scatter_tokens
 from rlkl.trainers.distill_config import DistillConfig
-from rlkl.trainers.metrics import MetricsFile, average_steps
-from rlkl.trainers.progress import closing_callbacks
 from rlkl.trainers.step import StepClock
-from rlkl.trainers.tracking import WandbMirror, wandb_run
+from rlkl.trainers.text_trainer import TextTrainer
+from rlkl.trainers.tracking import wandb_run
 
 
-class DistillTrainer(Trainer):
+class DistillTrainer(TextTrainer):
     """Trains a student to have its teacher's next-token distributions.
 
         loss = (1 − c) T² D(student / T, teacher / T) + c (−log student(y_t)),   mean over tokens
@@ -94,10 +90,6 @@ class DistillTrainer(Trainer):
         check_texts(train_dataset, completions=not sampled)
         if eval_dataset is not None:
             check_texts(eval_dataset, completions=True)
-        if args.world_size > 1:
-            raise ValueError(
-                f"{args.world_size} processes were started; rlkl's distillation runs in one process"
-            )
         if peft_config is not None:
             model = get_peft_model(model, peft_config)  # pyright: ignore[reportArgumentType]
         self.divergence = args.divergence()
@@ -105,21 +97,8 @@ class DistillTrainer(Trainer):
         for each in (model, teacher_model):
             check_positions(each, (args.max_prompt_length or 1) + args.response_length - 1)
         self.teacher = teacher_model.requires_grad_(False).eval()
-        self.tokenizer = processing_class
-        self._steps: list[dict[str, float]] = []
-        self._measured: list[dict[str, float]] = []
         self._calls = 0
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=collate_prompts,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=[*(callbacks or []), MetricsFile()],
-        )
-        if self.pop_callback(WandbCallback) is not None:
-            self.add_callback(WandbMirror)
+        super().__init__(model, args, train_dataset, processing_class, eval_dataset, callbacks)
         self.teacher.to(args.device)  # pyright: ignore[reportArgumentType] (decorated)
 
     # ---- one step --------------------------------------------------------------------------------
@@ -145,10 +124,10 @@ class DistillTrainer(Trainer):
             loss, parts = self.loss(responses, student, teacher, on_policy)
         with clock("measure"):
             if self._logs_this_step():
-                self._measured.append(self.measure(responses, student, teacher))
+                self.noted["measured"].append(self.measure(responses, student, teacher))
         tokens = float(responses.mask.sum())
         parts |= {"data/on_policy": float(on_policy), "data/tokens": tokens}
-        self._steps.append(parts | clock.seconds)
+        self.noted["steps"].append(parts | clock.seconds)
         return loss
 
     def responses(
@@ -289,18 +268,9 @@ class DistillTrainer(Trainer):
     # ---- what surrounds a step -------------------------------------------------------------------
 
     def tracked(self, resume: bool = False) -> AbstractContextManager[None]:
-        """The W&B run of the group that the loss names; `train` opens it where none is open.
-
-        Around more than `train` it takes evaluations before and after too. `resume` goes on in the
-        run of the training that is resumed.
-        """
+        """The W&B run, of the group that the loss names."""
         tags = ["distill", self.args.loss, type(self).__name__]
         return wandb_run(self.args, self.args.to_dict(), self.args.loss, tags, resume)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Trainer.train, in its W&B run."""
-        with self.tracked(bool(resume_from_checkpoint)), closing_callbacks(self):
-            return super().train(resume_from_checkpoint, **kwargs)
 
     def evaluate(
         self,
@@ -340,21 +310,7 @@ class DistillTrainer(Trainer):
         metrics[f"{metric_key_prefix}_loss"] = metrics.get(
             f"{metric_key_prefix}_divergence/{self.args.loss}", math.nan
         )
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
-        return metrics
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds what the steps since the last log measured."""
-        if self._steps and ("loss" in logs or "train_loss" in logs):
-            logs = {**logs, **average_steps(self._steps)}
-            if self._measured:
-                logs |= average_steps(self._measured)
-            self._steps.clear()
-            self._measured.clear()
-        super().log(logs, start_time)
+        return self.report_evaluation(metrics)
 
 
 def shared_vocabulary(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -10,12 +11,10 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.integrations import WandbCallback
-from transformers.trainer_utils import TrainOutput
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from reward_models import RewardModel
-from rlkl.data import check_prompts, collate_prompts
+from rlkl.data import check_prompts
 from rlkl.kl import (
     AdaptiveKLCoefficient,
     FixedKLCoefficient,
@@ -53,14 +52,13 @@ from rlkl.rollout import (
 from rlkl.rollout.collect import SumOfRewards
 from rlkl.rollout.summary import summarise, token_kl
 from rlkl.trainers.config import PPOConfig
-from rlkl.trainers.metrics import MetricsFile, average_steps
 from rlkl.trainers.policy_loss import PolicyLoss
-from rlkl.trainers.progress import closing_callbacks
 from rlkl.trainers.step import StepClock, Update, explained_variance, update_metrics
-from rlkl.trainers.tracking import WandbMirror, log_completions, wandb_run
+from rlkl.trainers.text_trainer import TextTrainer
+from rlkl.trainers.tracking import log_completions, wandb_run
 
 
-class PPOTrainer(Trainer):
+class PPOTrainer(TextTrainer):
     """Proximal policy optimisation of a language model under a KL penalty.
 
     Maximises E[score] − β D_KL(policy ‖ ref) over responses sampled from the policy. Which estimate
@@ -123,10 +121,6 @@ class PPOTrainer(Trainer):
                 "exact and no dearer, or with a sampled estimator"
             )
         check_prompts(train_dataset, at_least=args.per_device_train_batch_size)
-        if args.world_size > 1:
-            raise ValueError(
-                f"{args.world_size} processes were started; rlkl's PPO runs in one process"
-            )
         if peft_config is not None:
             model = get_peft_model(model, peft_config)  # pyright: ignore[reportArgumentType]
         if ref_model is None and not isinstance(model, PeftModel):
@@ -148,19 +142,7 @@ class PPOTrainer(Trainer):
             if args.kl_target is None
             else AdaptiveKLCoefficient(args.kl_coef, args.kl_target, args.kl_horizon)
         )
-        self._unlogged: list[dict[str, float]] = []
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=collate_prompts,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=[*(callbacks or []), MetricsFile()],
-        )
-        if self.pop_callback(WandbCallback) is not None:
-            self.add_callback(WandbMirror)
-        self.tokenizer = processing_class
+        super().__init__(model, args, train_dataset, processing_class, eval_dataset, callbacks)
         self.critic.to(args.device)
         if self.ref_model is not None:
             self.ref_model.to(args.device).eval()
@@ -190,7 +172,7 @@ class PPOTrainer(Trainer):
                 loss = self.optimise(rollout, advantages, returns, scale, metrics, first_pass)
             self.kl_coefficient.update(metrics["objective/kl"], len(rollout))
         metrics["episode"] = (self.state.global_step + 1) * len(rollout)
-        self._unlogged.append(metrics | clock.seconds)
+        self.noted["steps"].append(metrics | clock.seconds)
         every, step = self.args.log_completions_steps, self.state.global_step + 1
         if every > 0 and (step - 1) % every == 0:
             folder = Path(str(self.args.output_dir))
@@ -405,15 +387,12 @@ class PPOTrainer(Trainer):
         seed = (self.args.seed << 34) + (self.state.global_step << 2) + offset
         return torch.Generator(device=self.args.device).manual_seed(seed)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Trainer.train, in a W&B run of the experiment's group (estimator and placement)."""
-        names = [self.estimator.name, str(self.placement), type(self).__name__]
-        resume = bool(resume_from_checkpoint)
-        run = wandb_run(self.args, self.args.to_dict(), "-".join(names[:2]), names, resume)
-        with run, closing_callbacks(self):
-            return super().train(resume_from_checkpoint, **kwargs)
-
     # ---- what surrounds a step -------------------------------------------------------------------
+
+    def tracked(self, resume: bool = False) -> AbstractContextManager[None]:
+        """The W&B run, of the group that estimator and placement name."""
+        names = [self.estimator.name, str(self.placement), type(self).__name__]
+        return wandb_run(self.args, self.args.to_dict(), "-".join(names[:2]), names, resume)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimiser, with the critic as a parameter group of its own."""
@@ -446,19 +425,9 @@ class PPOTrainer(Trainer):
         clock = StepClock()
         responses = self.sample(list(data["prompt"]), generator, clock)
         summary = summarise(self.measure(responses, clock))
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in summary.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
+        return self.report_evaluation(
+            {f"{metric_key_prefix}_{name}": value for name, value in summary.items()}
         )
-        return metrics
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the metrics of the steps since the last log."""
-        if self._unlogged and ("loss" in logs or "train_loss" in logs):
-            logs = {**logs, **average_steps(self._unlogged)}
-            self._unlogged.clear()
-        super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the policy as `from_pretrained` reads it; critic and KL coefficient beside it."""

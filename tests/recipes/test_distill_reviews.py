@@ -1,9 +1,12 @@
 """The recipe of seven losses: two of them for two steps, its verdicts, and nonsense."""
 
-import importlib.util
+import importlib
 import json
 import math
+import os
+import signal
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from rich.console import Console
 from scipy.stats import ttest_1samp
 from torch import Tensor
@@ -21,14 +25,16 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.fixture(scope="module")
-def recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("distill_reviews", RECIPES / "distill_reviews.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["distill_reviews"] = module
-    spec.loader.exec_module(module)
-    return module
+def recipe() -> Iterator[ModuleType]:
+    """The script as Python runs it: its folder comes first where modules are looked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(RECIPES)
+        yield importlib.import_module("distill_reviews")
+
+
+@pytest.fixture
+def students(recipe) -> ModuleType:
+    return sys.modules["distill_students"]
 
 
 def arguments(folder: Path, **changes: Any) -> list[str]:
@@ -183,9 +189,9 @@ def test_one_seed_has_no_errors_and_its_summary_is_json(recipe, tmp_path):
     assert summary["akl_minus"]["fkl"]["own/divergence/rkl"]["ci95_seeds"] is None
 
 
-def test_the_student_begins_with_the_teachers_embeddings_in_its_width(recipe, make_lm):
+def test_the_student_begins_with_the_teachers_embeddings_in_its_width(students, make_lm):
     teacher, student = make_lm(), make_lm(n_embd=8, seed=1)
-    recipe.begin_with_embeddings(student, teacher)
+    students.begin_with_embeddings(student, teacher)
     wide = teacher.get_input_embeddings().weight.detach()
     narrow = student.get_input_embeddings().weight.detach()
     # Of all matrices of rank 8 the one whose products are nearest to the teacher's.
@@ -194,22 +200,75 @@ def test_the_student_begins_with_the_teachers_embeddings_in_its_width(recipe, ma
     torch.testing.assert_close(narrow @ narrow.T, best, rtol=1e-4, atol=1e-4)
 
 
-def test_ctrl_c_in_the_warm_up_is_one_line(recipe, tmp_path, monkeypatch, capsys):
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
+@pytest.fixture
+def warm_up(students, make_lm, tokenizer, tmp_path) -> Callable[[str], dict[str, Tensor]]:
+    """Warms a student up for six steps, in a folder of the name given: its weights."""
+    completions = ["good film", "dull plot was awful", "so great", "superb acting in it"] * 3
+    data = Dataset.from_dict({"prompt": ["the film"] * 12, "completion": completions})
+    task = students.StudentArguments(
+        student_width=8, student_layers=1, warm_up_steps=6, warm_up_batch_size=5
+    )
+    teacher = make_lm(
+        resid_pdrop=0.1
+    )  # dropout draws random numbers, which a resume must go on with
+    args = DistillConfig(output_dir=str(tmp_path), response_length=4, bf16=False)
 
-    monkeypatch.setattr(recipe, "fused_logp_loss", interrupted)
+    def weights(name: str) -> dict[str, Tensor]:
+        where = (tmp_path / name, 0, teacher, tokenizer, data, task, args, Console(quiet=True))
+        return students.warmed_up(*where).state_dict()
+
+    return weights
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
+def test_a_warm_up_that_was_killed_goes_on_to_the_same_student(
+    students, warm_up, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(students, "SAVE_STEPS", 2)
+    loss, steps = students.CrossEntropyTrainer.compute_loss, []
+
+    def killed_once_in_step_4(trainer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        steps.append(trainer.state.global_step + 1)
+        if len(steps) == 4:
+            raise RuntimeError("killed")
+        return loss(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(students.CrossEntropyTrainer, "compute_loss", killed_once_in_step_4)
+    with pytest.raises(RuntimeError, match="killed"):
+        warm_up("killed")
+    work = tmp_path / "killed.warm-up"
+    assert checkpoints(work) == ["checkpoint-2"]
+    (work / "checkpoint-4").mkdir()  # as if the kill had come while this one was written
+    resumed = warm_up("killed")
+    assert steps == [1, 2, 3, 4, 3, 4, 5, 6]
+    torch.testing.assert_close(resumed, warm_up("whole"), rtol=0, atol=0)
+    assert not work.exists()
+
+
+def test_ctrl_c_in_the_warm_up_is_one_line_and_keeps_its_steps(
+    recipe, students, tmp_path, monkeypatch, capsys
+):
+    loss = students.CrossEntropyTrainer.compute_loss
+
+    def interrupted(*args: Any, **kwargs: Any) -> Tensor:
+        os.kill(os.getpid(), signal.SIGINT)
+        return loss(*args, **kwargs)
+
+    monkeypatch.setattr(students.CrossEntropyTrainer, "compute_loss", interrupted)
     monkeypatch.setattr(sys, "argv", arguments(tmp_path / "out"))
     with pytest.raises(SystemExit, match="130"):
         recipe.main()
     assert "the same command goes on" in capsys.readouterr().out
     assert (tmp_path / "out" / "train.jsonl").is_file()
+    assert checkpoints(tmp_path / "out" / "students" / "seed0.warm-up") == ["checkpoint-1"]
 
 
 def test_the_recipes_name_only_settings_that_exist(recipe, tmp_path):
-    known = set(DistillConfig.__dataclass_fields__) | set(
-        recipe.ReviewsArguments.__dataclass_fields__
-    )
+    parts = (recipe.ReviewsArguments, recipe.StudentArguments, DistillConfig)
+    known = {name for part in parts for name in part.__dataclass_fields__}
     settings = yaml.safe_load((RECIPES / "distill_reviews.yaml").read_text())
     assert set(settings) <= known
     assert len(settings["losses"]) == 7

@@ -148,6 +148,7 @@ def test_a_configuration_with_a_failed_seed_takes_part_with_the_others(make_resu
 def test_the_median_attainment_band_is_the_surface(make_result):
     front = frontier(make_result(), resamples=20)
     for arm, surface in front.surfaces.items():
+        assert {at for at, _ in surface} <= set(front.kls), "its steps are where they are"
         for kl, attained in zip(front.kls, front.attained[arm], strict=True):
             within = [reward for at, reward in surface if at <= kl]
             assert attained.value == pytest.approx(max([0.0, *within]))

@@ -6,13 +6,16 @@ import struct
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from plotly.offline import get_plotlyjs
 
+from rlkl.sweep.analysis import Comparison
 from rlkl.sweep.export import analyse, frontier_json
 from rlkl.sweep.findings import findings
+from rlkl.sweep.frontier import Estimate
 from rlkl.sweep.records import SweepResult
 from rlkl.sweep.report import FILES, write_report
 
@@ -55,6 +58,28 @@ def test_the_page_says_what_the_sweep_found(make_result):
     assert "reward over k1" in said
     assert "Share of the reward-vs-KL front" in said
     assert "Over-optimisation: with rb" in said
+
+
+@pytest.mark.parametrize(
+    ("apart", "said"),
+    [
+        ([1, 1, 1, 0, 0, -1, 0], "from 1.00 to 3.00 nats do not: there k1 is ahead, by up to 1.00"),
+        ([0, 0, -1, -1, -1, 0, 1], "from 3.00 to 5.00 nats do not: there rb is ahead"),
+        ([1, 1, 0, -1, -1, 1, 0], "no difference is shown."),
+    ],
+    ids=str,
+)
+def test_a_row_of_kls_that_differ_is_said_though_the_mean_does_not(make_result, apart, said):
+    analysis = analyse(make_result(), resamples=20)
+    differences = [Estimate(float(d), (d - 0.5, d + 0.5)) for d in apart]
+    comparison = Comparison(
+        "k1", "rb", list(map(float, range(1, 8))), differences, Estimate(0.1, (-0.1, 0.3))
+    )
+    reward = replace(analysis.reward, comparisons=[comparison])
+    first = findings(replace(analysis, reward=reward))[0]["text"]
+    assert said in first
+    assert first.endswith(".")
+    assert ("KL by KL" in first) == ("ahead" in said)
 
 
 def test_it_says_when_seeds_are_too_few_and_cells_failed(make_result):

@@ -37,26 +37,29 @@ def lora() -> LoraConfig:
 
 
 @pytest.fixture
-def make_config(tmp_path: Path) -> Callable[..., PPOConfig]:
-    """Settings of a run that is over at once: 8 responses of at most 6 tokens a step."""
+def quick_run(tmp_path: Path) -> dict[str, Any]:
+    """Settings of a run that is over at once, says nothing and saves nothing."""
+    return {
+        "output_dir": str(tmp_path / "run"),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "max_steps": 2,
+        "response_length": 6,
+        "learning_rate": 3e-3,
+        "seed": 1,
+    }
+
+
+@pytest.fixture
+def make_config(quick_run: dict[str, Any]) -> Callable[..., PPOConfig]:
+    """Settings of PPO: 8 responses a step."""
 
     def make(**changes: Any) -> PPOConfig:
-        settings = {
-            "output_dir": str(tmp_path / "run"),
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": [],
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "max_steps": 2,
-            "per_device_train_batch_size": 8,
-            "response_length": 6,
-            "num_ppo_epochs": 2,
-            "learning_rate": 3e-3,
-            "kl_coef": 0.1,
-            "seed": 1,
-        }
-        return PPOConfig(**(settings | changes))
+        settings = {"per_device_train_batch_size": 8, "num_ppo_epochs": 2, "kl_coef": 0.1}
+        return PPOConfig(**(quick_run | settings | changes))
 
     return make
 
@@ -88,7 +91,7 @@ def steps() -> Callable[[PPOTrainer], list[dict[str, float]]]:
 
 
 @pytest.fixture
-def gradient() -> Callable[..., torch.Tensor]:
+def gradient(flat_gradient: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """The gradient that one minibatch leaves on the policy, as one vector."""
 
     def measure(
@@ -102,6 +105,12 @@ def gradient() -> Callable[..., torch.Tensor]:
     return measure
 
 
-def flat_gradient(model: torch.nn.Module) -> torch.Tensor:
-    parts = [p.grad for p in model.parameters() if p.requires_grad]
-    return torch.cat([part.double().flatten() for part in parts if part is not None])
+@pytest.fixture
+def flat_gradient() -> Callable[[torch.nn.Module], torch.Tensor]:
+    """The gradient on a model as one vector."""
+
+    def flat(model: torch.nn.Module) -> torch.Tensor:
+        parts = [p.grad for p in model.parameters() if p.requires_grad]
+        return torch.cat([part.double().flatten() for part in parts if part is not None])
+
+    return flat

@@ -34,7 +34,7 @@ def texts() -> Dataset:
 
 
 @pytest.fixture
-def make_trainer(tmp_path, make_lm, tokenizer, pairs) -> Callable[..., DistillTrainer]:
+def make_trainer(quick_run, make_lm, tokenizer, pairs) -> Callable[..., DistillTrainer]:
     """Builds a trainer; keywords are those of DistillTrainer first, of DistillConfig otherwise."""
     arguments = ("model", "teacher_model", "train_dataset", "eval_dataset", "peft_config")
 
@@ -45,21 +45,8 @@ def make_trainer(tmp_path, make_lm, tokenizer, pairs) -> Callable[..., DistillTr
             "train_dataset": pairs,
         }
         own |= {name: changes.pop(name) for name in arguments if name in changes}
-        settings: dict[str, Any] = {
-            "output_dir": str(tmp_path / "run"),
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": [],
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "max_steps": 2,
-            "logging_steps": 1,
-            "per_device_train_batch_size": 6,
-            "response_length": 6,
-            "learning_rate": 3e-3,
-            "seed": 1,
-        }
-        config = DistillConfig(**(settings | changes))
+        settings = {"logging_steps": 1, "per_device_train_batch_size": 6}
+        config = DistillConfig(**(quick_run | settings | changes))
         return DistillTrainer(args=config, processing_class=tokenizer, **own)
 
     return make
@@ -67,11 +54,6 @@ def make_trainer(tmp_path, make_lm, tokenizer, pairs) -> Callable[..., DistillTr
 
 def steps(trainer: DistillTrainer) -> list[dict[str, float]]:
     return [log for log in trainer.state.log_history if "divergence/fkl" in log]
-
-
-def flat_gradient(model: torch.nn.Module) -> Tensor:
-    parts = [p.grad for p in model.parameters() if p.requires_grad]
-    return torch.cat([part.double().flatten() for part in parts if part is not None])
 
 
 def whole_logits(model: torch.nn.Module, responses) -> Tensor:
@@ -85,7 +67,9 @@ def whole_logits(model: torch.nn.Module, responses) -> Tensor:
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_the_gradient_is_that_of_the_mixed_loss_on_the_completions(name, make_trainer, pairs):
+def test_the_gradient_is_that_of_the_mixed_loss_on_the_completions(
+    name, make_trainer, pairs, flat_gradient
+):
     trainer = make_trainer(loss=name, ce_weight=0.25, temperature=2.0)
     inputs = {column: pairs[column][:6] for column in pairs.column_names}
     loss = trainer.compute_loss(trainer.model, inputs)
@@ -124,7 +108,9 @@ def test_settings_of_the_divergence_reach_the_loss(tmp_path):
     assert value(loss="akl", head_rule="reach") != value(loss="akl")
 
 
-def test_the_sequence_gradient_is_that_of_the_sequence_kl_less_a_baseline(make_trainer):
+def test_the_sequence_gradient_is_that_of_the_sequence_kl_less_a_baseline(
+    make_trainer, flat_gradient
+):
     settings = {"loss": "rkl", "on_policy_fraction": 1.0, "response_length": 5}
     gradients = {}
     for kind in ("token", "sequence"):

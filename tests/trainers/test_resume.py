@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rlkl.trainers import PPOTrainer, RaoBlackwellPPOTrainer
+from rlkl.trainers.resume import check_settings, last_checkpoint
 
 ADAPTIVE = {"kl_target": 0.5, "kl_horizon": 50, "kl_coef": 0.2}
 
@@ -106,3 +107,20 @@ def test_the_adaptive_coefficient_rises_above_its_target_and_falls_below(make_tr
         trainer.train()
         second, third = (step["kl_coef"] for step in steps(trainer)[1:])
         assert (third > second) == rises
+
+
+def test_the_last_checkpoint_is_the_newest_that_is_whole(tmp_path):
+    assert last_checkpoint(tmp_path / "nothing") is None
+    for step, state in ((9, '{"global_step": 9}\n'), (10, "{}\n"), (11, '{"global_s'), (12, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:  # the kill came before it was written
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_other_settings_are_refused_by_name_and_equal_ones_are_not(tmp_path):
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps({"kl_coef": 0.1, "folder": "a/b"}))
+    check_settings(file, {"kl_coef": 0.1, "folder": Path("a/b")}, "a run")
+    with pytest.raises(ValueError, match=r"holds a run with kl_coef=0.1, not 0.2: choose another"):
+        check_settings(file, {"folder": "a/b", "kl_coef": 0.2}, "a run")

@@ -1,0 +1,88 @@
+"""What every trainer here shares: texts as batches, one process, logs that are files first."""
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from contextlib import AbstractContextManager
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.integrations import WandbCallback
+from transformers.trainer_utils import TrainOutput
+
+from rlkl.data import collate_prompts
+from rlkl.trainers.metrics import MetricsFile, average_steps
+from rlkl.trainers.progress import closing_callbacks
+from rlkl.trainers.run_config import RunArguments
+from rlkl.trainers.tracking import WandbMirror
+
+
+class TextTrainer(Trainer, ABC):
+    """A Trainer whose batches are columns of texts, and whose every log is in ``metrics.jsonl``.
+
+    W&B, where it is reported to, is a mirror of that: one run, which `tracked` opens. What a step
+    measures goes to `noted`, under a name for each set of metrics that comes and goes together;
+    the next log has their means.
+
+    Raises:
+        ValueError: several processes were started.
+    """
+
+    model: PreTrainedModel | PeftModel
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        args: RunArguments,
+        train_dataset: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        eval_dataset: Dataset | None,
+        callbacks: list[TrainerCallback] | None,
+    ) -> None:
+        if args.world_size > 1:
+            raise ValueError(
+                f"{args.world_size} processes were started; rlkl's trainers run in one process"
+            )
+        self.tokenizer = tokenizer
+        self.noted: dict[str, list[dict[str, float]]] = defaultdict(list)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collate_prompts,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=[*(callbacks or []), MetricsFile()],
+        )
+        if self.pop_callback(WandbCallback) is not None:
+            self.add_callback(WandbMirror)
+
+    @abstractmethod
+    def tracked(self, resume: bool = False) -> AbstractContextManager[None]:
+        """The W&B run of this training; `train` opens it where none is open.
+
+        Around more than `train` it takes evaluations before and after too. `resume` goes on in the
+        run of the training that is resumed.
+        """
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Trainer.train, in its W&B run."""
+        with self.tracked(bool(resume_from_checkpoint)), closing_callbacks(self):
+            return super().train(resume_from_checkpoint, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what the steps since the last log measured."""
+        if "loss" in logs or "train_loss" in logs:
+            for steps in self.noted.values():
+                logs = {**logs, **average_steps(steps)}
+            self.noted.clear()
+        super().log(logs, start_time)
+
+    def report_evaluation(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Logs what `evaluate` measured, and tells the callbacks."""
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics

@@ -1,0 +1,101 @@
+"""What notebook 03 says in words is what the records say."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlkl.sweep import hypervolume
+from rlkl.sweep.export import Analysis, analyse
+from rlkl.sweep.records import SweepResult
+
+RECORDS = Path(__file__).parents[2] / "notebooks" / "sweep_kl.jsonl"
+
+
+@pytest.fixture(scope="module")
+def analysis() -> Analysis:
+    return analyse(SweepResult.load(RECORDS))
+
+
+def curve(analysis, arm):
+    """(KL, reward) of an arm's configurations, by rising KL."""
+    return np.array([(row["kl"], row["reward"]) for row in analysis.means if row["arm"] == arm])
+
+
+def test_seeds_lie_closer_together_than_the_error_over_prompts(analysis):
+    ends = analysis.result.ends
+    labels = {p.label for p in ends}
+    seeds = [np.var([p.reward for p in ends if p.label == label], ddof=1) for label in labels]
+    assert np.mean(seeds) < np.mean([p.reward_se**2 for p in ends])
+
+
+def test_half_of_the_front_is_in_every_interval_and_part_of_it_is_rbs_unopposed(analysis):
+    for front in (analysis.reward, analysis.judge):
+        for share in front.share_on_front.values():
+            assert share.ci95[0] < 0.5 < share.ci95[1]
+    assert abs(analysis.judge.share_on_front["rb"].ci95[0] - 0.5) < 0.01  # only just
+    points = analysis.result.points
+    least = min(p.kl for p in points if p.arm == "k1")
+    ahead = zip(points, analysis.reward.on_front, strict=True)
+    assert {p.arm for p, on in ahead if on and p.kl < least} == {"rb"}
+
+
+def test_hypervolumes_differ_where_little_kl_counts_and_not_over_all(analysis):
+    for front in (analysis.reward, analysis.judge):
+        low, high = front.hypervolume_difference["k1", "rb"].ci95
+        assert low < 0 < high
+    floor = analysis.reward.reference_point[1]
+    few: dict[str, list[float]] = {"k1": [], "rb": []}
+    for arm, volumes in few.items():
+        for seed in (0, 1, 2):
+            own = [p for p in analysis.result.ends if (p.arm, p.seed) == (arm, seed)]
+            points = np.array([(p.kl, p.reward) for p in own])
+            volumes.append(hypervolume(points, (2.5, floor)))
+            assert hypervolume(points, (7.0, floor)) < 0.2 * analysis.reward.hypervolume[arm].value
+    assert min(few["rb"]) > 1.5 * max(few["k1"])
+
+
+def test_at_equal_kl_the_low_end_differs_and_the_mean_does_not(analysis):
+    for front in (analysis.reward, analysis.judge):
+        (comparison,) = front.comparisons
+        assert (comparison.first, comparison.second) == ("k1", "rb")
+        assert comparison.mean.ci95[0] < 0 < comparison.mean.ci95[1]
+        assert all(e.ci95[1] < 0 for e in comparison.difference[:4])
+        assert all(e.ci95[0] < 0 for e in comparison.difference)  # nowhere is k1 ahead
+        lowest = comparison.difference[0]
+        assert -lowest.value > 3 * (lowest.ci95[1] - lowest.value)
+        far_end = [e.ci95[1] for e in comparison.difference[-2:]]
+        assert all(high > 0 for high in far_end) == (front.measure == "reward")
+        assert min(far_end) > -0.01  # by a hair
+
+
+def test_k1_stops_where_rb_goes_on(analysis):
+    k1, rb = curve(analysis, "k1"), curve(analysis, "rb")
+    (least, poor), (before, better) = k1[:2]
+    assert least > 0.9 * before
+    assert poor < better / 2
+    assert rb[1, 0] < 2 / 3 * least
+    gaps = np.interp(k1[:2, 0], *rb.T) - k1[:2, 1]
+    assert 0 < gaps[1] < gaps[0] / 2
+    assert (np.diff(np.diff(rb[:, 1]) / np.diff(rb[:, 0])) < 0).all(), "rb's curve bends down"
+
+
+def test_no_run_is_near_the_optimum_or_above_best_of_n(analysis):
+    pairs = list(zip(analysis.result.points, analysis.efficiency, strict=True))
+    known = [(p, e.share) for p, e in pairs if not e.upper_bound]
+    assert max(share for _, share in known) < 0.5
+    assert max(e.share for _, e in pairs if e.upper_bound) > 1
+    for kl_coef in {p.kl_coef for p, _ in known}:
+        k1, rb = (
+            np.mean([share for p, share in known if (p.arm, p.kl_coef) == (arm, kl_coef)])
+            for arm in ("k1", "rb")
+        )
+        assert abs(k1 - rb) < 1 - max(k1, rb)
+    best = analysis.result.reference["best_of_n"]
+    kls, rewards = [p["kl_bound"] for p in best], [p["reward"] for p in best]
+    within = [p for p in analysis.result.points if p.kl <= kls[-1]]
+    assert all(p.reward < np.interp(p.kl, kls, rewards) for p in within)
+
+
+def test_the_judge_rises_with_the_reward(analysis):
+    assert set(analysis.over_optimised.values()) == {None}
