@@ -19,6 +19,9 @@ from rlkl.models.language_model import causal_lm, check_positions, trunk_of
 from rlkl.rollout.cache import reserved_cache
 from rlkl.rollout.records import Responses
 
+# Tokens that a draw sums one by one.
+_DRAW_BLOCK = 64
+
 
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_length: int | None = None
@@ -115,14 +118,20 @@ def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     """One draw per row by inverting the distribution function: a single uniform a row.
 
     `torch.multinomial` draws a number for every token of the vocabulary, which takes longer than a
-    small model's forward pass. Float64, so that rare tokens keep their probability in the sum.
+    small model's forward pass. First a block of tokens, then a token of it, so that only one block
+    is summed token by token; in float64, so that rare tokens keep their probability in the sum.
     """
-    cumulative = logits.double().softmax(-1).cumsum(-1)
-    uniform = torch.rand(
-        len(logits), 1, generator=generator, device=logits.device, dtype=torch.double
-    )
-    drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
-    return drawn.clamp(max=logits.shape[1] - 1)
+    p = logits.softmax(-1)
+    blocks = nn.functional.pad(p, (0, -p.shape[1] % _DRAW_BLOCK)).unflatten(1, (-1, _DRAW_BLOCK))
+    upto = blocks.sum(-1).double().cumsum(-1)
+    uniform = torch.rand(len(p), 1, generator=generator, device=p.device, dtype=torch.double)
+    point = uniform * upto[:, -1:]
+    block = torch.searchsorted(upto, point, right=True).clamp(max=upto.shape[1] - 1)
+    begin = nn.functional.pad(upto, (1, 0)).gather(1, block)
+    share = (point - begin) / (upto.gather(1, block) - begin)
+    inner = blocks.take_along_dim(block[:, :, None], 1)[:, 0].double().cumsum(-1)
+    token = torch.searchsorted(inner, share * inner[:, -1:], right=True)
+    return (block * _DRAW_BLOCK + token).squeeze(1).clamp(max=p.shape[1] - 1)
 
 
 def sample_responses(

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from scipy.stats import chi2
 
 from rlkl.rollout import encode_prompts, sample_responses
-from rlkl.rollout.sampling import _draw
+from rlkl.rollout.sampling import _DRAW_BLOCK, _draw
 
 PROMPTS = ["the film", "it", "I found this plot and the end", "a plot"]
 
@@ -82,6 +82,27 @@ def test_near_temperature_zero_sampling_is_greedy_decoding_without_cache_or_padd
 def test_a_token_of_probability_zero_is_never_drawn():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(5000, 5)
     assert set(_draw(logits, generator()).tolist()) == {1, 3}
+
+
+def test_draws_over_several_blocks_of_the_vocabulary_follow_the_softmax():
+    vocab, count = 3 * _DRAW_BLOCK + 7, 100_000
+    logits = torch.randn(vocab, generator=generator())
+    logits[_DRAW_BLOCK : 2 * _DRAW_BLOCK] = -torch.inf  # a block that is never drawn
+    logits[-5:] = -torch.inf
+    expected = count * logits.double().softmax(-1)
+    drawn = _draw(logits.expand(count, vocab), generator())
+    seen, possible = torch.bincount(drawn, minlength=vocab), expected > 0
+    assert (seen[~possible] == 0).all()
+    statistic = ((seen - expected).square() / expected)[possible].sum()
+    assert float(statistic) < chi2.isf(1e-6, int(possible.sum()) - 1)
+
+
+def test_a_draw_inverts_the_distribution_function():
+    logits = 3 * torch.randn(50, 500, generator=generator(3))
+    uniform = torch.rand(50, 1, generator=generator(4), dtype=torch.double)
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    expected = torch.searchsorted(cumulative, uniform).squeeze(1)
+    assert (_draw(logits, generator(4)) == expected).all()
 
 
 def test_the_generator_is_the_only_source_of_randomness(lm, tokenizer):
