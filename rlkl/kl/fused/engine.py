@@ -29,7 +29,7 @@ from rlkl.kl.fused.workers import Workers
 # rows make the products slower: each chunk reads the whole head and adds to its whole gradient.
 _CHUNK_ELEMENTS = 10_500_000
 _CHUNK_ROWS = (208, 512)
-# Element-wise passes run on blocks of this many logits: p, t and scratch fit a 2 MB cache.
+# Element-wise passes run on blocks of this many logits a thread: p, t and scratch fit a 2 MB cache.
 _BLOCK_ELEMENTS = 131_072
 # Below this many nats, eᵗ − t − 1 by subtraction has lost the digits that count.
 _NEAR = 5e-4
@@ -149,7 +149,7 @@ class Problem:
         with (
             torch.no_grad(),
             torch.autocast(device.type, enabled=False),
-            Workers(device) as workers,
+            Workers(device, self.policy.vocab) as workers,
         ):
             chunk = Chunk(self, workers, differentiate=gradients is not None)
             for start in range(0, n, self.chunk_size):
@@ -219,7 +219,9 @@ class Buffers:
         slope = buffers[-1] if capped else empty(size, 0)
         tokens = torch.empty_like(problem.tokens[:size, None])
         self.buffers = self.rows = Block(buffers[0], t, slope, tokens, *empty(11, size, 1))
-        self.block_rows = max(1, _BLOCK_ELEMENTS // width) if device.type == "cpu" else size
+        shared_by = torch.get_num_threads() if workers.count == 1 else 1
+        block_rows = max(1, shared_by * _BLOCK_ELEMENTS // width)
+        self.block_rows = block_rows if device.type == "cpu" else size
         scratch = 1 if problem.divergence.read is None else 3
         self.kernels = _row_kernels(device)
         # Kernels need no scratch, but for the divergences that they do not have.

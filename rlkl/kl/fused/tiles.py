@@ -88,7 +88,11 @@ def tile_statistics(problem: Problem) -> tuple[Tensor, ...]:
     size = min(max(n, 1), _TILE_ROWS)
     width = min(vocab, _TILE_ELEMENTS // size)
     out = tuple(torch.empty(n, dtype=problem.policy.dtype) for _ in problem.record._fields)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), Workers(out[0].device) as workers:
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        Workers(out[0].device, vocab) as workers,
+    ):
         buffers = Buffers(problem, workers, size, width, differentiate=False)
         for start in range(0, n, size):
             rows = slice(start, min(start + size, n))

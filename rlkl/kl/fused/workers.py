@@ -7,18 +7,24 @@ from typing import Self
 
 import torch
 
+# From this vocabulary on the products outweigh the passes over their results. (Below torch's grain
+# of 32,768 a row is summed by one thread: its bits do not depend on how the rows are divided.)
+_LARGE_VOCAB = 16_384
+
 
 class Workers:
-    """As many threads as torch computes with, each of which runs its operations alone.
+    """Threads for passes over a large vocabulary's logits; each runs its operations alone.
 
-    Left to itself torch splits every operation over its threads and waits for all of them. On
-    blocks that fit a cache this costs more than it gains, and on a busy machine each wait may last
-    a time slice of the scheduler. Here a thread takes whole blocks and there is one wait per sweep
-    over a chunk. Matrix products stay with torch's own threads.
+    Left to itself torch splits every operation over its threads and waits for all of them. On an
+    idle machine that is the fastest way through small logits, but each wait may last a time slice
+    of the scheduler on a busy one, and a large vocabulary takes thousands of waits. There a thread
+    takes whole blocks and there is one wait per sweep over a chunk; the price is Python's lock
+    between them. Matrix products stay with torch's own threads.
     """
 
-    def __init__(self, device: torch.device):
-        self.count = torch.get_num_threads() if device.type == "cpu" else 1
+    def __init__(self, device: torch.device, vocab: int):
+        many = device.type == "cpu" and vocab >= _LARGE_VOCAB
+        self.count = torch.get_num_threads() if many else 1
         self.pool = ThreadPoolExecutor(self.count) if self.count > 1 else None
 
     def __enter__(self) -> Self:
@@ -33,6 +39,9 @@ class Workers:
 
     @staticmethod
     def _start(started: threading.Barrier) -> None:
+        # A thread's first operation gives it the process's number of threads, whatever was set for
+        # it before; asking for the number counts as one.
+        torch.get_num_threads()
         torch.set_num_threads(1)
         started.wait()
 

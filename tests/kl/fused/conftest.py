@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from rlkl.kl.fused import engine, heads, tiles
+from rlkl.kl.fused import engine, heads, tiles, workers
 
 
 @pytest.fixture
@@ -17,9 +17,12 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "_TILE_ELEMENTS", 400)
 
 
-@pytest.fixture(params=[1, 2], ids="threads{}".format)
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+@pytest.fixture(params=["threads1", "threads2", "workers2"])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """One thread, two of torch's, or two of the engine's own, as for a large vocabulary."""
+    if request.param == "workers2":
+        monkeypatch.setattr(workers, "_LARGE_VOCAB", 0)
+    before, count = torch.get_num_threads(), int(request.param[-1])
+    torch.set_num_threads(count)
+    yield count
     torch.set_num_threads(before)
