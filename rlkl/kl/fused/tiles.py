@@ -111,7 +111,7 @@ def _row_statistics(problem: Problem, buffers: Buffers, rows: slice) -> Iterator
     tokens, vocab = problem.tokens[rows, None], problem.policy.vocab
     width = buffers.buffers.p.shape[1]
     total: Sums | None = None
-    token_logit, token_t = torch.empty(2, len(tokens), 1, dtype=torch.float64)
+    token_logit, ref_logit = torch.empty(2, len(tokens), 1, dtype=torch.float64)
     for first in range(0, vocab, width):
         columns = slice(first, min(first + width, vocab))
         tile = buffers.fit(len(tokens), columns.stop - first)
@@ -121,7 +121,7 @@ def _row_statistics(problem: Problem, buffers: Buffers, rows: slice) -> Iterator
         token_logit[inside, 0] = tile.p[at].double()
         if problem.ref is not None:
             problem.ref.logits(rows, tile.t, columns=columns)
-            token_t[inside, 0] = tile.t[at].double()
+            ref_logit[inside, 0] = tile.t[at].double()
         buffers.reduce()
         part = Sums(*(getattr(tile, name).to(torch.float64, copy=True) for name in Sums._fields))
         part = part._replace(t_max=part.t_max + part.t_mean)
@@ -133,7 +133,7 @@ def _row_statistics(problem: Problem, buffers: Buffers, rows: slice) -> Iterator
     if problem.ref is not None:
         kl = (total.phi_sum / total.p_sum).log1p()
         kl.masked_fill_(~(total.t_max - total.t_mean < MAX_T), torch.nan)
-        yield (logp + (token_t - token_logit - total.t_mean) - kl)[:, 0]
+        yield (logp + (ref_logit - token_logit - total.t_mean) - kl)[:, 0]
         yield kl[:, 0]
     yield (log_sum - total.a_sum / total.p_sum)[:, 0]
 
