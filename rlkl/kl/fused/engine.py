@@ -45,11 +45,12 @@ def default_chunk_size(vocab: int) -> int:
     return min(max(rows, _CHUNK_ROWS[0]), _CHUNK_ROWS[1])
 
 
-def _row_kernels(device: torch.device) -> ModuleType | None:
-    """The passes over rows as Triton kernels: on a GPU, where Triton is installed."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return None
-    return importlib.import_module("rlkl.kl.fused.triton_rows")
+def _row_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """The passes over rows as compiled loops: Triton's on a GPU, Numba's on a CPU, or None."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        return importlib.import_module("rlkl.kl.fused.triton_rows")
+    numba = device.type == "cpu" and dtype == torch.float32 and importlib.util.find_spec("numba")
+    return importlib.import_module("rlkl.kl.fused.numba_rows") if numba else None
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,11 @@ class Problem:
         return cls(products[0], ref_product, tokens, chunk_size, divergence, ref_logp)
 
     @property
+    def kernels(self) -> ModuleType | None:
+        """The compiled passes for these logits, if there are any."""
+        return _row_kernels(self.tokens.device, self.policy.dtype)
+
+    @property
     def record(self) -> type[TokenStats] | type[TokenLogp]:
         """What the statistics of this problem are called, in their order."""
         return TokenLogp if self.ref is None else TokenStats
@@ -149,7 +155,7 @@ class Problem:
         with (
             torch.no_grad(),
             torch.autocast(device.type, enabled=False),
-            Workers(device, self.policy.vocab) as workers,
+            Workers(device, self.policy.vocab, self.kernels is not None) as workers,
         ):
             chunk = Chunk(self, workers, differentiate=gradients is not None)
             for start in range(0, n, self.chunk_size):
@@ -183,6 +189,7 @@ class Block(NamedTuple):
     constant: Tensor  # the gradient's factors of p: this
     t_factor: Tensor  # + this · t
     log_factor: Tensor  # + this · log p
+    token_gradient: Tensor  # and what is added at the token
 
     def first(self, n: int, width: int) -> Self:
         """The first n rows and as many columns."""
@@ -218,23 +225,27 @@ class Buffers:
         t = buffers[1] if problem.ref is not None else empty(size, 0)
         slope = buffers[-1] if capped else empty(size, 0)
         tokens = torch.empty_like(problem.tokens[:size, None])
-        self.buffers = self.rows = Block(buffers[0], t, slope, tokens, *empty(11, size, 1))
+        self.buffers = self.rows = Block(buffers[0], t, slope, tokens, *empty(12, size, 1))
         shared_by = torch.get_num_threads() if workers.count == 1 else 1
         block_rows = max(1, shared_by * _BLOCK_ELEMENTS // width)
         self.block_rows = block_rows if device.type == "cpu" else size
         scratch = 1 if problem.divergence.read is None else 3
-        self.kernels = _row_kernels(device)
+        self.kernels = problem.kernels
         # Kernels need no scratch, but for the divergences that they do not have.
         scratch_rows = 0 if self.kernels is not None and scratch == 1 else self.block_rows
         self.scratch = empty(workers.count, scratch, min(scratch_rows, size), width)
-        self.strips = self._strips()
+        self.strips, self.shares = self._strips(), self._shares()
 
     def fit(self, n: int, width: int) -> Block:
         """The part of the buffers that holds n rows of so many logits, from now on."""
         if self.rows.p.shape != (n, width):
             self.rows = self.buffers.first(n, width)
-            self.strips = self._strips()
+            self.strips, self.shares = self._strips(), self._shares()
         return self.rows
+
+    def _shares(self) -> list[Block]:
+        """Each worker's rows, for kernels that need no blocks; fewer than workers if rows are."""
+        return self.rows.split(-(-len(self.rows.p) // self.workers.count))
 
     def _strips(self) -> list[list[tuple[Block, Scratch]]]:
         """Each worker's blocks of the rows at hand, with scratch blocks [n, V] of their shape."""
@@ -288,12 +299,22 @@ class Buffers:
         self._other_pass(block, scratch)
 
     def _kernel_pass(self, kernels: ModuleType) -> None:
-        here = self.rows
-        t = None if self.problem.ref is None else here.t
+        joint, with_phi = self.problem.ref is not None, self.problem.ref_logp is None
         names = ("peak", "p_sum", "a_sum", "t_mean", "t_max", "phi_sum")
-        kernels.read_rows(here.p, t, {name: getattr(here, name) for name in names})
-        if t is not None:
+
+        def read(share: Block) -> None:
+            sums = {name: getattr(share, name) for name in names}
+            kernels.read_rows(share.p, share.t if joint else None, sums, with_phi=with_phi)
+
+        self._each_share(read)
+        if joint:
             self._each_block(self._other_pass)
+
+    def _each_share(self, work: Callable[[Block], None]) -> None:
+        """Run `work` on every worker's rows."""
+        self.workers.run(
+            lambda worker: work(self.shares[worker]) if worker < len(self.shares) else None
+        )
 
     def _other_pass(self, block: Block, scratch: Scratch) -> None:
         """The divergence asked for, if it is not D_KL(policy ‖ ref)."""
@@ -395,36 +416,44 @@ class Chunk(Buffers):
             torch.div(g_entropy[:, None], -p_sum, out=here.log_factor)
             here.constant.sub_(g_entropy[:, None] * (stats[-1][:, None] - p_sum.log()))
         here.constant.div_(p_sum)
-        scattered = None if g_logp is None else g_logp[:, None].to(p_sum.dtype)
+        if g_logp is not None:
+            here.token_gradient.copy_(g_logp[:, None])
+        given_columns = g_logp is not None, g_kl is not None, g_entropy is not None
         if self.kernels is not None:
-            self.kernels.gradient_rows(
-                here.p,
-                None if g_kl is None else here.t,
-                here.slope if here.slope.numel() else None,
-                here.tokens,
-                here.constant,
-                None if g_kl is None else here.t_factor,
-                None if g_entropy is None else here.log_factor,
-                scattered,
-            )
-            return here.p
+            self._kernel_gradient(self.kernels, *given_columns)
+        else:
+            self._torch_gradient(*given_columns)
+        return here.p
 
+    def _kernel_gradient(self, kernels: ModuleType, logp: bool, kl: bool, entropy: bool) -> None:
+        def work(share: Block) -> None:
+            kernels.gradient_rows(
+                share.p,
+                share.t if kl else None,
+                share.slope if share.slope.numel() else None,
+                share.tokens,
+                share.constant,
+                share.t_factor if kl else None,
+                share.log_factor if entropy else None,
+                share.token_gradient if logp else None,
+            )
+
+        self._each_share(work)
+
+    def _torch_gradient(self, logp: bool, kl: bool, entropy: bool) -> None:
         def work(block: Block, scratch: Scratch) -> None:
             factor = block.constant
-            if g_kl is not None:
+            if kl:
                 factor = block.t.mul_(block.t_factor).add_(factor)
-            if g_entropy is not None:
+            if entropy:
                 factor = _log(block.p, out=scratch[0]).mul_(block.log_factor).add_(factor)
             block.p.mul_(factor)
+            if logp:
+                block.p.scatter_add_(1, block.tokens, block.token_gradient)
             if block.slope.numel():
                 block.p.mul_(block.slope)
 
         self._each_block(work)
-        if scattered is not None:
-            if here.slope.numel():
-                scattered = scattered * here.slope.gather(1, here.tokens)
-            here.p.scatter_add_(1, here.tokens, scattered)
-        return here.p
 
 
 def _where(mask: Tensor) -> Sequence[Tensor]:

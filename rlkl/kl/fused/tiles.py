@@ -91,7 +91,7 @@ def tile_statistics(problem: Problem) -> tuple[Tensor, ...]:
     with (
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),
-        Workers(out[0].device, vocab) as workers,
+        Workers(out[0].device, vocab, problem.kernels is not None) as workers,
     ):
         buffers = Buffers(problem, workers, size, width, differentiate=False)
         for start in range(0, n, size):

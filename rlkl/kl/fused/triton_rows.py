@@ -37,6 +37,7 @@ def _read_row(
     t_max_ptr,
     phi_sum_ptr,
     HAS_REF: tl.constexpr,
+    WITH_PHI: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -71,8 +72,9 @@ def _read_row(
         p = tl.exp(a - peak)
         if HAS_REF:
             t = tl.load(t_row + start + lanes, mask=real, other=0.0) - a - mean
-            phi_sums += tl.where(real, p * _exp_remainder(t), 0.0)
-            t_maxima = tl.maximum(t_maxima, tl.where(real, t, -float("inf")))
+            if WITH_PHI:
+                phi_sums += tl.where(real, p * _exp_remainder(t), 0.0)
+                t_maxima = tl.maximum(t_maxima, tl.where(real, t, -float("inf")))
             tl.store(t_row + start + lanes, t, mask=real)
         tl.store(p_row + start + lanes, p, mask=real)
 
@@ -125,8 +127,11 @@ def _gradient_row(
         tl.store(p_ptr + start_of_row + lanes, gradient, mask=real)
 
 
-def read_rows(p: Tensor, t: Tensor | None, rows: dict[str, Tensor]) -> None:
-    """Logits [n, V] of policy and reference -> p, t and the sums per row [n, 1], all in place."""
+def read_rows(p: Tensor, t: Tensor | None, rows: dict[str, Tensor], *, with_phi: bool) -> None:
+    """Logits [n, V] of policy and reference -> p, t and the sums per row [n, 1], all in place.
+
+    Without `with_phi` Σ p φ(t) is left out, and t_max only says whether the mean of t is finite.
+    """
     names = ("peak", "p_sum", "a_sum", "t_mean", "t_max", "phi_sum")
     n, vocab = p.shape
     _read_row[(n,)](
@@ -136,6 +141,7 @@ def read_rows(p: Tensor, t: Tensor | None, rows: dict[str, Tensor]) -> None:
         vocab,
         *(rows[name] for name in names),
         HAS_REF=t is not None,
+        WITH_PHI=with_phi,
         BLOCK=min(_BLOCK, triton.next_power_of_2(vocab)),
     )
 

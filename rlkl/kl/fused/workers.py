@@ -19,11 +19,11 @@ class Workers:
     idle machine that is the fastest way through small logits, but each wait may last a time slice
     of the scheduler on a busy one, and a large vocabulary takes thousands of waits. There a thread
     takes whole blocks and there is one wait per sweep over a chunk; the price is Python's lock
-    between them. Matrix products stay with torch's own threads.
+    between them. Compiled passes have no other threads. Matrix products stay with torch's own.
     """
 
-    def __init__(self, device: torch.device, vocab: int):
-        many = device.type == "cpu" and vocab >= _LARGE_VOCAB
+    def __init__(self, device: torch.device, vocab: int, compiled: bool = False):
+        many = device.type == "cpu" and (compiled or vocab >= _LARGE_VOCAB)
         self.count = torch.get_num_threads() if many else 1
         self.pool = ThreadPoolExecutor(self.count) if self.count > 1 else None
 

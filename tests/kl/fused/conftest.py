@@ -26,3 +26,10 @@ def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     torch.set_num_threads(count)
     yield count
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The passes over rows that Numba compiles, or torch's in their place."""
+    if request.param == "torch":
+        monkeypatch.setattr(engine, "_row_kernels", lambda device, dtype: None)

@@ -16,6 +16,8 @@ from tests.kl.fused.cases import (
     weights,
 )
 
+pytestmark = pytest.mark.usefixtures("passes")
+
 
 def kl_sum(stats):
     return stats.kl.sum()

@@ -19,7 +19,7 @@ from tests.kl.fused.cases import (
     weights,
 )
 
-pytestmark = pytest.mark.usefixtures("small_tiles")
+pytestmark = pytest.mark.usefixtures("small_tiles", "passes")
 
 
 @pytest.fixture(params=[False, True], ids=["tiles", "whole_rows"])

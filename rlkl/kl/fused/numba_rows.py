@@ -1,0 +1,340 @@
+"""The passes over a chunk's logits as loops that Numba compiles.
+
+Torch makes sixteen element-wise passes for the same sums; here each logit is loaded three times.
+Imported only where Numba is installed; float32 on a CPU only; everything that is per token stays
+in `engine`.
+
+Sums are taken in float32 over a few thousand logits and in float64 over these. eˣ = 2ⁿ eʳ with
+|r| ≤ log(2)/2, and eʳ = 1 + r + r² q(r), so that
+
+    φ(x) = eˣ − 1 − x = (2ⁿ − 1) + (2ⁿ r − x) + 2ⁿ r² q(r)
+
+keeps all its digits near 0, where n = 0 and r = x.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+# Float32 sums run over so many logits before they are added in float64.
+_RUN = 4096
+_INT, _FLOAT = ir.IntType(32), ir.FloatType()
+_ZERO, _HALF, _ONE = np.float32(0), np.float32(0.5), np.float32(1)
+_INFINITY = np.float32(np.inf)
+_LOWEST_KEY = np.int32(-(2**31))
+# Where eˣ leaves float32's normal numbers.
+_MIN_X, _MAX_X = np.float32(-87), np.float32(88)
+_LOG2_E = np.float32(1.4426950408889634)
+# log 2 in two parts: n times the first is exact.
+_LOG2_HIGH, _LOG2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_Q = tuple(np.float32(1 / k) for k in (2, 6, 24, 120, 720, 5040))
+_Q0, _Q1, _Q2, _Q3, _Q4, _Q5 = _Q
+_SMALLEST = np.finfo(np.float32).tiny
+_SQRT_HALF = np.float32(0.5**0.5)
+# log(1 + x) − x + x²/2 over x³, on [√½ − 1, √2 − 1] (Cephes' logf).
+_L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = (
+    np.float32(c)
+    for c in (
+        3.3333331174e-1,
+        -2.4999993993e-1,
+        2.0000714765e-1,
+        -1.6668057665e-1,
+        1.4249322787e-1,
+        -1.2420140846e-1,
+        1.1676998740e-1,
+        -1.1514610310e-1,
+        7.0376836292e-2,
+    )
+)
+# Sums may be taken in any order, which lets them be taken eight at a time.
+_ANY_ORDER = {"reassoc", "contract", "nsz"}
+
+
+def _compile(**options: Any) -> Callable[[Any], Any]:
+    """Numba's decorator; what it compiles is kept for later processes where there is room."""
+
+    def decorate(function: Any) -> Any:
+        try:
+            return njit(cache=True, nogil=True, **options)(function)
+        except RuntimeError:  # neither this folder nor the user's may be written
+            return njit(nogil=True, **options)(function)
+
+    return decorate
+
+
+@intrinsic
+def _two_to(typing_context: Any, n: Any) -> Any:
+    """2ⁿ of a whole float32 in [−126, 127]."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        biased = builder.add(builder.fptosi(args[0], _INT), ir.Constant(_INT, 127))
+        return builder.bitcast(builder.shl(biased, ir.Constant(_INT, 23)), _FLOAT)
+
+    return types.float32(types.float32), build
+
+
+@intrinsic
+def _exponent(typing_context: Any, x: Any) -> Any:
+    """The n of x = 2ⁿ m with √½ ≤ m < √2, for a normal x > 0."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        root = ir.Constant(_INT, int(_SQRT_HALF.view(np.int32)))
+        above = builder.sub(builder.bitcast(args[0], _INT), root)
+        return builder.sitofp(builder.ashr(above, ir.Constant(_INT, 23)), _FLOAT)
+
+    return types.float32(types.float32), build
+
+
+def _flip(builder: Any, bits: Any) -> Any:
+    """Order the bits of floats as integers, or the reverse: the magnitude of negatives flipped."""
+    sign = builder.ashr(bits, ir.Constant(_INT, 31))
+    return builder.xor(bits, builder.and_(sign, ir.Constant(_INT, 2**31 - 1)))
+
+
+@intrinsic
+def _larger_key(typing_context: Any, key: Any, x: Any) -> Any:
+    """The larger of a key and the key of x; a maximum of integers is taken eight at a time."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        other = _flip(builder, builder.bitcast(args[1], _INT))
+        return builder.select(builder.icmp_signed(">", other, args[0]), other, args[0])
+
+    return types.int32(types.int32, types.float32), build
+
+
+@intrinsic
+def _of_key(typing_context: Any, key: Any) -> Any:
+    """The float of a key."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(_flip(builder, args[0]), _FLOAT)
+
+    return types.float32(types.int32), build
+
+
+@_compile(fastmath={"contract"})
+def _exp_parts(x):
+    """(2ⁿ, r, r² q(r)) of x = n log 2 + r; n stays in range beyond float32's; NaN stays NaN."""
+    inside = x if x > _MIN_X else _MIN_X
+    inside = inside if inside < _MAX_X else _MAX_X
+    n = np.floor(inside * _LOG2_E + _HALF)
+    r = (x - n * _LOG2_HIGH) - n * _LOG2_LOW
+    q = ((((_Q5 * r + _Q4) * r + _Q3) * r + _Q2) * r + _Q1) * r + _Q0
+    return _two_to(n), r, r * r * q
+
+
+@_compile(fastmath={"contract"})
+def _exp(x):
+    two, r, rest = _exp_parts(x)
+    return _ZERO if x < _MIN_X else two * (r + rest) + two
+
+
+@_compile(fastmath={"contract"})
+def _phi(x):
+    two, r, rest = _exp_parts(x)
+    return (two - _ONE) + (two * r - x) + two * rest
+
+
+@_compile(fastmath={"contract"})
+def _log(x):
+    """Log of a normal x, 0 < x ≤ 1."""
+    n = _exponent(x)
+    f = x * _two_to(-n) - _ONE
+    c = ((_L8 * f + _L7) * f + _L6) * f + _L5
+    c = ((((c * f + _L4) * f + _L3) * f + _L2) * f + _L1) * f + _L0
+    tail = c * f * f * f + (n * _LOG2_LOW - _HALF * f * f)
+    return (f + tail) + n * _LOG2_HIGH
+
+
+@_compile()
+def _maximum(a):
+    key = _LOWEST_KEY
+    for i in range(a.shape[0]):
+        key = _larger_key(key, a[i])
+    return _of_key(key)
+
+
+@_compile(fastmath=_ANY_ORDER)
+def _policy_sums(a, peak):
+    """Logits a to p; Σ p and Σ p (a − peak)."""
+    p_sum, a_sum = _ZERO, _ZERO
+    for i in range(a.shape[0]):
+        x = a[i] - peak
+        p = _exp(x)
+        p_sum += p
+        a_sum += p * x
+        a[i] = p
+    return p_sum, a_sum
+
+
+@_compile()
+def _subtract(b, a):
+    for i in range(b.shape[0]):
+        b[i] -= a[i]
+
+
+@_compile(fastmath=_ANY_ORDER)
+def _dot(p, t):
+    total = _ZERO
+    for i in range(p.shape[0]):
+        total += p[i] * t[i]
+    return total
+
+
+@_compile(fastmath=_ANY_ORDER)
+def _phi_sums(p, t, mean):
+    """Differences b − a to t, less its mean; Σ p φ(t) and max t."""
+    phi_sum, key = _ZERO, _LOWEST_KEY
+    for i in range(p.shape[0]):
+        centred = t[i] - mean
+        phi_sum += p[i] * _phi(centred)
+        key = _larger_key(key, centred)
+        t[i] = centred
+    return phi_sum, _of_key(key)
+
+
+@_compile()
+def _centre(t, mean):
+    for i in range(t.shape[0]):
+        t[i] -= mean
+
+
+@_compile()
+def _read_policy(p, stride, vocab, peaks, p_sums, a_sums):
+    for row in range(peaks.shape[0]):
+        a = p[row * stride : row * stride + vocab]
+        peak = _maximum(a)
+        p_sum, a_sum = 0.0, 0.0
+        for start in range(0, vocab, _RUN):
+            sums = _policy_sums(a[start : start + _RUN], peak)
+            p_sum += sums[0]
+            a_sum += sums[1]
+        peaks[row], p_sums[row], a_sums[row] = peak, p_sum, a_sum
+
+
+@_compile()
+def _read_joint(p, t, stride, vocab, peaks, p_sums, a_sums, t_means, t_maxima, phi_sums, with_phi):
+    for row in range(peaks.shape[0]):
+        a = p[row * stride : row * stride + vocab]
+        b = t[row * stride : row * stride + vocab]
+        peak = _maximum(a)
+        p_sum, a_sum, t_sum = 0.0, 0.0, 0.0
+        for start in range(0, vocab, _RUN):
+            a_run, b_run = a[start : start + _RUN], b[start : start + _RUN]
+            _subtract(b_run, a_run)
+            # The policy's sums by the same code as without a reference, to the last bit.
+            sums = _policy_sums(a_run, peak)
+            p_sum += sums[0]
+            a_sum += sums[1]
+            t_sum += _dot(a_run, b_run)
+        mean = np.float32(t_sum / p_sum)
+        peaks[row], p_sums[row], a_sums[row], t_means[row] = peak, p_sum, a_sum, mean
+        # A mean that is not finite comes of forbidden tokens: such rows are read by another way.
+        t_max = -_INFINITY if mean - mean == _ZERO else _INFINITY
+        if with_phi:
+            phi_sum = 0.0
+            for start in range(0, vocab, _RUN):
+                more = _phi_sums(a[start : start + _RUN], b[start : start + _RUN], mean)
+                phi_sum += more[0]
+                t_max = max(t_max, more[1])
+            phi_sums[row] = phi_sum
+        else:
+            _centre(b, mean)
+        t_maxima[row] = t_max
+
+
+@_compile(fastmath={"contract"})
+def _weigh(p, constant):
+    for i in range(p.shape[0]):
+        p[i] *= constant
+
+
+@_compile(fastmath={"contract"})
+def _weigh_t(p, t, constant, t_factor):
+    for i in range(p.shape[0]):
+        p[i] *= t[i] * t_factor + constant
+
+
+@_compile(fastmath={"contract"})
+def _weigh_log(p, t, constant, t_factor, log_factor):
+    for i in range(p.shape[0]):
+        likely = p[i] if p[i] > _SMALLEST else _SMALLEST
+        p[i] *= _log(likely) * log_factor + (t[i] * t_factor + constant)
+
+
+@_compile(fastmath={"contract"})
+def _multiply(g, slope):
+    for i in range(g.shape[0]):
+        g[i] *= slope[i]
+
+
+@_compile()
+def _gradient(
+    p, t, slope, stride, vocab, tokens, constants, t_factors, log_factors, token_gradients
+):
+    for row in range(tokens.shape[0]):
+        first = row * stride
+        g = p[first : first + vocab]
+        constant = constants[row]
+        if log_factors is not None:
+            # Without a reference t_factor is 0, and p stands for the finite t there is not.
+            t_row = g if t is None else t[first : first + vocab]
+            t_factor = _ZERO if t is None else t_factors[row]
+            _weigh_log(g, t_row, constant, t_factor, log_factors[row])
+        elif t is not None:
+            _weigh_t(g, t[first : first + vocab], constant, t_factors[row])
+        else:
+            _weigh(g, constant)
+        if token_gradients is not None:
+            g[tokens[row]] += token_gradients[row]
+        if slope is not None:
+            _multiply(g, slope[first : first + vocab])
+
+
+def _flat(x: Tensor | None) -> Any:
+    """All from the first element of a matrix to its last, as one contiguous array."""
+    if x is None:
+        return None
+    size = (x.shape[0] - 1) * x.stride(0) + x.shape[1]
+    return x.as_strided((size,), (1,)).numpy()
+
+
+def _column(x: Tensor | None) -> Any:
+    return None if x is None else x.contiguous().view(-1).numpy()
+
+
+def read_rows(p: Tensor, t: Tensor | None, rows: dict[str, Tensor], *, with_phi: bool) -> None:
+    """Logits [n, V] of policy and reference -> p, t and the sums per row [n, 1], all in place.
+
+    Without `with_phi` Σ p φ(t) is left out, and t_max only says whether the mean of t is finite.
+    """
+    peak, p_sum, a_sum, t_mean, t_max, phi_sum = (
+        rows[name].view(-1).numpy()
+        for name in ("peak", "p_sum", "a_sum", "t_mean", "t_max", "phi_sum")
+    )
+    stride, vocab = p.stride(0), p.shape[1]
+    if t is None:
+        _read_policy(_flat(p), stride, vocab, peak, p_sum, a_sum)
+    else:
+        sums = (peak, p_sum, a_sum, t_mean, t_max, phi_sum)
+        _read_joint(_flat(p), _flat(t), stride, vocab, *sums, with_phi)
+
+
+def gradient_rows(
+    p: Tensor,
+    t: Tensor | None,
+    slope: Tensor | None,
+    tokens: Tensor,
+    constant: Tensor,
+    t_factor: Tensor | None,
+    log_factor: Tensor | None,
+    token_gradient: Tensor | None,
+) -> None:
+    """(p ⊙ (constant + t_factor t + log_factor log p) + onehot token_gradient) ⊙ slope, in p."""
+    columns = (tokens, constant, t_factor, log_factor, token_gradient)
+    _gradient(_flat(p), _flat(t), _flat(slope), p.stride(0), p.shape[1], *map(_column, columns))
