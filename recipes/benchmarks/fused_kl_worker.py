@@ -137,11 +137,11 @@ def fused_sampled(x: Inputs, gradient: bool) -> None:
 
 def bare_products(x: Inputs, gradient: bool) -> None:
     """The matrix products alone, in the shapes that the engine gives them: its floor."""
-    from rlkl.kl.fused import engine, heads, tiles
+    from rlkl.kl.fused import heads, problem, tiles
 
     n, (vocab, width) = len(x.tokens), x.head.shape
     head, ref_head, step = x.head.detach(), x.ref_head, heads._VOCAB_SLICE
-    rows = engine.default_chunk_size(vocab) if gradient else tiles._TILE_ROWS
+    rows = problem.default_chunk_size(vocab) if gradient else tiles._TILE_ROWS
     columns = vocab if gradient else tiles._TILE_ELEMENTS // rows
     logits = torch.empty(2, min(rows, n), columns)
     hidden_sum = torch.zeros(n, width) if gradient else None

@@ -421,7 +421,7 @@ def main() -> None:
                 console.print("Without --trl_python only rlkl is measured (see --make_trl_env).")
                 contenders = [c for c in contenders if c.side != "trl"]
             race(args, common, contenders, file)
-            for threads in args.threads:
+            for threads in args.threads if args.repetitions else ():
                 for mini_batches in args.mini_batches:
                     console.print(race_table(file, contenders, threads, mini_batches))
             if args.pairs > 1:

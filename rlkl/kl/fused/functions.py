@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rlkl.kl.distillation import Divergence
-from rlkl.kl.fused.engine import Problem
+from rlkl.kl.fused.engine import sweep
 from rlkl.kl.fused.generators import TopK, row_divergence
 from rlkl.kl.fused.heads import ModuleHead, OutputHead, as_head, inputs_of
+from rlkl.kl.fused.problem import Problem
 from rlkl.kl.fused.records import TokenLogp, TokenStats
 from rlkl.kl.fused.tiles import can_tile, tile_statistics
 
@@ -317,7 +318,7 @@ class _Statistics(torch.autograd.Function):
         ctx.problem = problem
         ctx.save_for_backward(*inputs)
         tiled = not whole_rows and can_tile(problem)
-        stats = tile_statistics(problem) if tiled else problem.sweep()
+        stats = tile_statistics(problem) if tiled else sweep(problem)
         if problem.ref is not None:
             ctx.mark_non_differentiable(stats[TokenStats._fields.index("ref_logp")])
         return stats
@@ -332,7 +333,7 @@ class _Statistics(torch.autograd.Function):
             if gradient is not None
         }
         gradients = problem.policy.gradients(inputs, ctx.needs_input_grad[2:])
-        problem.sweep(lambda rows, _: {k: g[rows] for k, g in given.items()}, gradients)
+        sweep(problem, lambda rows, _: {k: g[rows] for k, g in given.items()}, gradients)
         return None, None, *gradients.in_dtype_of(inputs)
 
 
@@ -344,7 +345,7 @@ class _Loss(torch.autograd.Function):
         needed, gradients = ctx.needs_input_grad[3:], None
         if differentiate and any(needed):
             gradients = problem.policy.gradients(inputs, needed)
-        stats = problem.sweep(chunk_loss, gradients)
+        stats = sweep(problem, chunk_loss, gradients)
         if gradients is not None:
             ctx.save_for_backward(*gradients.in_dtype_of(inputs))
         ctx.mark_non_differentiable(*stats)

@@ -20,7 +20,9 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from rlkl.kl.fused.engine import MAX_T, Buffers, Problem
+from rlkl.kl.fused.buffers import Buffers
+from rlkl.kl.fused.engine import MAX_T, sweep
+from rlkl.kl.fused.problem import Problem
 from rlkl.kl.fused.workers import Workers
 
 # A tile has at most so many rows, and about so many logits of each model (8 MB in float32).
@@ -73,7 +75,7 @@ class Sums(NamedTuple):
 
 
 def can_tile(problem: Problem) -> bool:
-    """Whether `tile_statistics` has what is asked, where it is faster than `Problem.sweep`."""
+    """Whether `tile_statistics` has what is asked, where it is faster than `sweep`."""
     products = [x for x in (problem.policy, problem.ref) if x is not None]
     return (
         problem.tokens.device.type == "cpu"  # a GPU reduces whole rows in one kernel
@@ -83,7 +85,7 @@ def can_tile(problem: Problem) -> bool:
 
 
 def tile_statistics(problem: Problem) -> tuple[Tensor, ...]:
-    """The statistics [N] of all tokens, those of `problem.sweep()` but for rounding."""
+    """The statistics [N] of all tokens, those of `sweep(problem)` but for rounding."""
     n, vocab = len(problem.tokens), problem.policy.vocab
     size = min(max(n, 1), _TILE_ROWS)
     width = min(vocab, _TILE_ELEMENTS // size)
@@ -91,7 +93,7 @@ def tile_statistics(problem: Problem) -> tuple[Tensor, ...]:
     with (
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),
-        Workers(out[0].device, vocab, problem.kernels is not None) as workers,
+        Workers(problem.threads) as workers,
     ):
         buffers = Buffers(problem, workers, size, width, differentiate=False)
         for start in range(0, n, size):
@@ -101,7 +103,7 @@ def tile_statistics(problem: Problem) -> tuple[Tensor, ...]:
     # −inf and underflow: the rare rows that only whole rows can settle.
     open_rows = (~torch.stack(out).isfinite().all(0)).nonzero()[:, 0]
     if len(open_rows):
-        for target, value in zip(out, _only(problem, open_rows).sweep(), strict=True):
+        for target, value in zip(out, sweep(_only(problem, open_rows)), strict=True):
             target[open_rows] = value
     return out
 

@@ -1,4 +1,4 @@
-"""Threads for element-wise work on cache-sized blocks."""
+"""Threads for element-wise work."""
 
 import threading
 from collections.abc import Callable
@@ -7,25 +7,16 @@ from typing import Self
 
 import torch
 
-# From this vocabulary on the products outweigh the passes over their results. (Below torch's grain
-# of 32,768 a row is summed by one thread: its bits do not depend on how the rows are divided.)
-_LARGE_VOCAB = 16_384
-
 
 class Workers:
-    """Threads for passes over a large vocabulary's logits; each runs its operations alone.
+    """So many threads for passes over logits; in each, torch's operations run alone.
 
-    Left to itself torch splits every operation over its threads and waits for all of them. On an
-    idle machine that is the fastest way through small logits, but each wait may last a time slice
-    of the scheduler on a busy one, and a large vocabulary takes thousands of waits. There a thread
-    takes whole blocks and there is one wait per sweep over a chunk; the price is Python's lock
-    between them. Compiled passes have no other threads. Matrix products stay with torch's own.
+    With one, everything stays in the caller's thread, and torch splits operations as it likes.
     """
 
-    def __init__(self, device: torch.device, vocab: int, compiled: bool = False):
-        many = device.type == "cpu" and (compiled or vocab >= _LARGE_VOCAB)
-        self.count = torch.get_num_threads() if many else 1
-        self.pool = ThreadPoolExecutor(self.count) if self.count > 1 else None
+    def __init__(self, count: int):
+        self.count = count
+        self.pool = ThreadPoolExecutor(count) if count > 1 else None
 
     def __enter__(self) -> Self:
         if self.pool is not None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlkl.kl import OutputHead, fused_token_logp, fused_token_stats
-from rlkl.kl.fused import engine, triton_rows
+from rlkl.kl.fused import problem, torch_rows, triton_rows
 from tests.kl.fused.cases import Case, assert_close, combine, gradients, make, shifted, weights
 
 
@@ -18,7 +18,7 @@ def use(monkeypatch):
     monkeypatch.setattr(triton_rows, "_BLOCK", 32)  # smaller than the vocabularies here
 
     def switch(on: bool) -> None:
-        monkeypatch.setattr(engine, "_row_kernels", lambda *_: triton_rows if on else None)
+        monkeypatch.setattr(problem, "row_passes", lambda *_: triton_rows if on else torch_rows)
 
     return switch
 

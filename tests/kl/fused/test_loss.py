@@ -10,7 +10,6 @@ from rlkl.kl import (
     fused_token_loss,
     fused_token_stats,
 )
-from rlkl.kl.fused import workers
 from rlkl.kl.fused.workers import Workers
 from tests.kl.fused.cases import (
     assert_close,
@@ -132,15 +131,14 @@ def test_bad_losses_are_refused_by_name():
         loss(lambda stats: stats.kl)
 
 
-def test_each_worker_computes_with_one_thread(threads, monkeypatch):
-    monkeypatch.setattr(workers, "_LARGE_VOCAB", 0)
+def test_each_worker_computes_with_one_thread(threads):
     seen = []
 
     def work(_: int) -> None:
         torch.zeros(2).add_(1)  # a thread's first operation sets its number of threads
         seen.append(torch.get_num_threads())
 
-    with Workers(torch.device("cpu"), 1) as pool:
+    with Workers(threads) as pool:
         pool.run(work)
     assert seen == [1] * threads
     assert torch.get_num_threads() == threads

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlkl.kl import OutputHead, fused_token_stats
-from rlkl.kl.fused import engine, numba_rows
+from rlkl.kl.fused import numba_rows, torch_rows
+from rlkl.kl.fused.engine import MAX_T
+from rlkl.kl.fused.problem import row_passes
 
 SUMS = ("peak", "p_sum", "a_sum", "t_mean", "t_max", "phi_sum")
 EPS = float(np.finfo(np.float32).eps)
@@ -113,7 +115,7 @@ def test_what_is_not_a_number_stays_in_its_row(of_ref, sign):
     a, b = logits(3, 41)
     (b if of_ref else a)[1, 17] = math.copysign(math.nan, sign)
     rows = read(a, b)
-    assert not (rows["t_max"][1] < engine.MAX_T)
+    assert not (rows["t_max"][1] < MAX_T)
     names = ("t_mean", "phi_sum") if of_ref else SUMS[1:4]
     for name in names:
         assert rows[name].isnan()[:, 0].tolist() == [False, True, False]
@@ -125,7 +127,7 @@ def test_rows_with_forbidden_tokens_are_marked(with_phi):
     a[1, 3] = -torch.inf
     rows = read(a, b, with_phi)
     assert rows["a_sum"].isnan()[:, 0].tolist() == [False, True]
-    assert (rows["t_max"] < engine.MAX_T)[:, 0].tolist() == [True, False]
+    assert (rows["t_max"] < MAX_T)[:, 0].tolist() == [True, False]
     assert a[1, 3] == 0
     assert rows["p_sum"].isfinite().all()
 
@@ -165,12 +167,12 @@ def test_the_gradient_is_the_formula(kl, entropy, token, slope):
 
 
 def test_numba_is_used_in_float32_on_a_cpu_where_it_is_installed(monkeypatch):
-    cpu = torch.device("cpu")
-    assert engine._row_kernels(cpu, torch.float32) is numba_rows
-    assert engine._row_kernels(cpu, torch.float64) is None
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert row_passes(cpu, torch.float32) is numba_rows
+    assert row_passes(cpu, torch.float64) is torch_rows
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert engine._row_kernels(cpu, torch.float32) is None
-    assert engine._row_kernels(torch.device("cuda"), torch.float32) is None
+    assert row_passes(cpu, torch.float32) is torch_rows
+    assert row_passes(cuda, torch.float32) is torch_rows
 
 
 def test_where_compiled_code_cannot_be_kept_it_is_compiled_all_the_same(monkeypatch):

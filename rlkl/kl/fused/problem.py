@@ -1,0 +1,141 @@
+"""What a call of the fused functions asks for, checked."""
+
+import importlib
+import importlib.util
+import math
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from rlkl.kl.fused import torch_rows
+from rlkl.kl.fused.generators import RowDivergence
+from rlkl.kl.fused.heads import ModuleHead, OutputHead, Product, check_head, inputs_of, product_of
+from rlkl.kl.fused.records import TokenLogp, TokenStats
+
+# A chunk holds about this many logits of each model (42 MB in float32), within these rows. Fewer
+# rows make the products slower: each chunk reads the whole head and adds to its whole gradient.
+_CHUNK_ELEMENTS = 10_500_000
+_CHUNK_ROWS = (208, 512)
+# From this vocabulary on the products outweigh torch's passes over their results. (Below torch's
+# grain of 32,768 a row is summed by one thread: its bits do not depend on how rows are divided.)
+_LARGE_VOCAB = 16_384
+
+
+def default_chunk_size(vocab: int) -> int:
+    """Tokens of a chunk, for a vocabulary of this size."""
+    rows = _CHUNK_ELEMENTS // vocab // 16 * 16
+    return min(max(rows, _CHUNK_ROWS[0]), _CHUNK_ROWS[1])
+
+
+def row_passes(device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """Passes over rows of logits: Triton's on a GPU, Numba's on a CPU in float32, or torch's."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        return importlib.import_module("rlkl.kl.fused.triton_rows")
+    numba = device.type == "cpu" and dtype == torch.float32 and importlib.util.find_spec("numba")
+    return importlib.import_module("rlkl.kl.fused.numba_rows") if numba else torch_rows
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The checked arguments of one call."""
+
+    policy: Product
+    ref: Product | None
+    tokens: Tensor  # [N]
+    chunk_size: int
+    divergence: RowDivergence
+    ref_logp: Tensor | None  # [N], where the caller knows it
+
+    @classmethod
+    def of(
+        cls,
+        policy: tuple[Tensor, OutputHead | ModuleHead],
+        ref: tuple[Tensor, OutputHead | ModuleHead] | None,
+        tokens: Tensor,
+        divergence: RowDivergence,
+        *,
+        temperature: float,
+        vocab_size: int | None,
+        chunk_size: int | None,
+        gemm_dtype: torch.dtype | None,
+        ref_logp: Tensor | None = None,
+    ) -> Self:
+        """Check the arguments of a public function; every model is (hidden, head)."""
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature={temperature}: must be positive and finite")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size={chunk_size}: must be at least 1")
+        if gemm_dtype not in (None, torch.bfloat16):
+            raise ValueError(f"gemm_dtype={gemm_dtype}: use None or torch.bfloat16")
+        if ref_logp is not None and divergence.read is not None:
+            raise ValueError("ref_logp serves D_KL(policy ‖ ref) only: leave it None")
+        if ref_logp is not None and ref_logp.shape != tokens.shape:
+            raise ValueError(
+                f"ref_logp has shape {tuple(ref_logp.shape)}: expected that of tokens, "
+                f"{tuple(tokens.shape)}"
+            )
+        models = {"policy": policy} if ref is None else {"policy": policy, "ref": ref}
+        sizes = {
+            name: check_head(name, head, hidden, tokens.shape[0])
+            for name, (hidden, head) in models.items()
+        }
+        vocab = min(sizes.values()) if vocab_size is None else vocab_size
+        if vocab_size is None and len(set(sizes.values())) > 1:
+            raise ValueError(
+                f"ref_head has {sizes['ref']} rows, policy_head {sizes['policy']}: "
+                "pass vocab_size, the number of real tokens, if the rest is padding"
+            )
+        for name, size in sizes.items():
+            if not 0 < vocab <= size:
+                raise ValueError(f"vocab_size={vocab}: {name}_head has {size} rows")
+        if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab):
+            raise ValueError(
+                f"tokens lie in [{int(tokens.min())}, {int(tokens.max())}]: the vocabulary has "
+                f"{vocab}; leave masked positions out"
+            )
+        operands = [x for model in models.values() for x in inputs_of(*model) if x is not None]
+        dtype = torch.float64 if any(x.dtype == torch.float64 for x in operands) else torch.float32
+        if gemm_dtype is not None and (dtype == torch.float64 or tokens.device.type != "cpu"):
+            raise ValueError(
+                f"gemm_dtype={gemm_dtype} is for float32 and 16-bit tensors on a CPU, these are "
+                f"{dtype} on {tokens.device.type}: leave it None"
+            )
+        products = [
+            product_of(hidden, head, vocab, temperature, dtype, gemm_dtype)
+            for hidden, head in models.values()
+        ]
+        if chunk_size is None:
+            chunk_size = default_chunk_size(vocab)
+        chunk_size = min(chunk_size, max(tokens.shape[0], 1))
+        ref_product = products[1] if len(products) == 2 else None
+        if ref_logp is not None:
+            ref_logp = ref_logp.detach().to(dtype)
+        return cls(products[0], ref_product, tokens, chunk_size, divergence, ref_logp)
+
+    @property
+    def passes(self) -> ModuleType:
+        """The module of these logits' passes: `read_rows`, `gradient_rows`."""
+        return row_passes(self.tokens.device, self.policy.dtype)
+
+    @property
+    def threads(self) -> int:
+        """How many threads take their share of the rows.
+
+        Left to itself torch splits every operation over its threads and waits for all of them. On
+        an idle machine that is the fastest way through small logits, but each wait may last a time
+        slice of the scheduler on a busy one, and a large vocabulary takes thousands of waits. There
+        a thread takes whole blocks, with one wait per chunk, for the price of Python's lock between
+        them; and always where the passes are compiled, which have no other threads and no lock.
+        Matrix products stay with torch's own.
+        """
+        compiled = self.passes is not torch_rows
+        many = self.tokens.device.type == "cpu" and (compiled or self.policy.vocab >= _LARGE_VOCAB)
+        return torch.get_num_threads() if many else 1
+
+    @property
+    def record(self) -> type[TokenStats] | type[TokenLogp]:
+        """What the statistics of this problem are called, in their order."""
+        return TokenLogp if self.ref is None else TokenStats
