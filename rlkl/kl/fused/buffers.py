@@ -81,11 +81,12 @@ class Buffers:
         tokens = torch.empty_like(problem.tokens[:size, None])
         self.buffers = self.rows = Block(buffers[0], t, slope, tokens, *empty(12, size, 1))
         other = problem.divergence.read is not None
-        self.block_rows = -(-size // workers.count)
+        self.block_rows: int | None = None  # a worker's rows all at once
         if device.type == "cpu" and (other or self.passes is torch_rows):
             shared_by = torch.get_num_threads() if workers.count == 1 else 1
             self.block_rows = max(1, shared_by * _BLOCK_ELEMENTS // width)
-        self.scratch = empty(workers.count, 3 * other, min(self.block_rows, size), width)
+        scratch_rows = min(self.block_rows or size, size)
+        self.scratch = empty(workers.count, 3 * other, scratch_rows, width)
         self.strips = self._strips()
 
     def fit(self, n: int, width: int) -> Block:
@@ -97,7 +98,8 @@ class Buffers:
 
     def _strips(self) -> list[list[tuple[Block, Scratch]]]:
         """Each worker's blocks of the rows at hand, with scratch blocks [n, V] of their shape."""
-        blocks, count = self.rows.split(self.block_rows), self.workers.count
+        count = self.workers.count
+        blocks = self.rows.split(self.block_rows or -(-len(self.rows.p) // count))
         return [
             [
                 (block, tuple(scratch[:, : len(block.p), : block.p.shape[1]]))
