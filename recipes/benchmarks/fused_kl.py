@@ -301,7 +301,8 @@ def tables(records: list[dict[str, Any]]) -> Iterator[Table]:
                     f"{min(found):.3f}–{max(found):.3f}",
                     verdict,
                 )
-        yield goals
+        if goals.row_count:
+            yield goals
 
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:
