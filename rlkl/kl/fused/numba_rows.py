@@ -90,6 +90,23 @@ def _exponent(typing_context: Any, x: Any) -> Any:
     return types.float32(types.float32), build
 
 
+@intrinsic
+def _whole_vectors(typing_context: Any) -> Any:
+    """Let the loops of this function use vectors as long as the CPU has them.
+
+    LLVM halves AVX-512's where long ones may slow the clock; the matrix products on either side
+    use them anyway. A quarter of the time of a pass.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        # llvmlite knows no name for it, but prints what is in its set.
+        if isinstance(attributes := builder.function.attributes, set):
+            set.add(attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return types.none(), build
+
+
 def _flip(builder: Any, bits: Any) -> Any:
     """Order the bits of floats as integers, or the reverse: the magnitude of negatives flipped."""
     sign = builder.ashr(bits, ir.Constant(_INT, 31))
@@ -153,6 +170,7 @@ def _log(x):
 
 @_compile()
 def _maximum(a):
+    _whole_vectors()
     key = _LOWEST_KEY
     for i in range(a.shape[0]):
         key = _larger_key(key, a[i])
@@ -162,6 +180,7 @@ def _maximum(a):
 @_compile(fastmath=_ANY_ORDER)
 def _policy_sums(a, peak):
     """Logits a to p; Σ p and Σ p (a − peak)."""
+    _whole_vectors()
     p_sum, a_sum = _ZERO, _ZERO
     for i in range(a.shape[0]):
         x = a[i] - peak
@@ -174,12 +193,14 @@ def _policy_sums(a, peak):
 
 @_compile()
 def _subtract(b, a):
+    _whole_vectors()
     for i in range(b.shape[0]):
         b[i] -= a[i]
 
 
 @_compile(fastmath=_ANY_ORDER)
 def _dot(p, t):
+    _whole_vectors()
     total = _ZERO
     for i in range(p.shape[0]):
         total += p[i] * t[i]
@@ -189,6 +210,7 @@ def _dot(p, t):
 @_compile(fastmath=_ANY_ORDER)
 def _phi_sums(p, t, mean):
     """Differences b − a to t, less its mean; Σ p φ(t) and max t."""
+    _whole_vectors()
     phi_sum, key = _ZERO, _LOWEST_KEY
     for i in range(p.shape[0]):
         centred = t[i] - mean
