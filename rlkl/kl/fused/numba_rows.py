@@ -1,8 +1,8 @@
 """The passes over a chunk's logits as loops that Numba compiles.
 
-Torch makes sixteen element-wise passes for the same sums; here each logit is loaded three times.
-Imported only where Numba is installed; float32 on a CPU only; everything that is per token stays
-in `engine`.
+Torch makes sixteen element-wise passes for the same sums; here a few loops do, over runs of logits
+that fit the nearest cache. Imported only where Numba is installed; float32 on a CPU only;
+everything that is per token stays in `engine`.
 
 Sums are taken in float32 over a few thousand logits and in float64 over these. eˣ = 2ⁿ eʳ with
 |r| ≤ log(2)/2, and eʳ = 1 + r + r² q(r), so that
