@@ -95,7 +95,7 @@ def _whole_vectors(typing_context: Any) -> Any:
     """Let the loops of this function use vectors as long as the CPU has them.
 
     LLVM halves AVX-512's where long ones may slow the clock; the matrix products on either side
-    use them anyway. A quarter of the time of a pass.
+    use them anyway.
     """
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
