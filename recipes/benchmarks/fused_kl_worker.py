@@ -141,7 +141,7 @@ def bare_products(x: Inputs, gradient: bool) -> None:
 
     n, (vocab, width) = len(x.tokens), x.head.shape
     head, ref_head, step = x.head.detach(), x.ref_head, heads._VOCAB_SLICE
-    rows = problem.default_chunk_size(vocab) if gradient else tiles._TILE_ROWS
+    rows = problem.default_chunk_size(vocab, n) if gradient else tiles._TILE_ROWS
     columns = vocab if gradient else tiles._TILE_ELEMENTS // rows
     logits = torch.empty(2, min(rows, n), columns)
     hidden_sum = torch.zeros(n, width) if gradient else None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlkl.kl.divergences import log_softmax_pair
 from rlkl.kl.fused.buffers import Buffers
-from rlkl.kl.fused.heads import Gradients
+from rlkl.kl.fused.heads import Gradients, Product, gemm_precision
 from rlkl.kl.fused.problem import Problem
 from rlkl.kl.fused.torch_rows import log_of
 from rlkl.kl.fused.workers import Workers
@@ -44,7 +44,7 @@ def sweep(
             chunk.read(start, part)
             given = {} if upstream is None else upstream(rows, part)
             if gradients is not None and given:
-                gradients.add(rows, chunk.logit_gradient(part, given))
+                gradients.add(rows, chunk.logit_gradient(part, given), workers)
     return stats
 
 
@@ -65,10 +65,10 @@ class Chunk(Buffers):
         rows, self.start = slice(start, start + n), start
         here = self.fit(n, problem.policy.vocab)
         here.tokens.copy_(problem.tokens[rows, None])
-        problem.policy.logits(rows, here.p, here.slope if here.slope.numel() else None)
+        self._multiply(problem.policy, rows, here.p, here.slope if here.slope.numel() else None)
         token_logit = here.p.gather(1, here.tokens)
         if problem.ref is not None:
-            problem.ref.logits(rows, here.t)
+            self._multiply(problem.ref, rows, here.t)
         self.reduce()
         for index in _where(here.a_sum.isnan()):  # −inf logits: 0 · log 0 = 0
             p = here.p[index]
@@ -82,6 +82,22 @@ class Chunk(Buffers):
             values = logp, *self._joint_values(logp), entropy
         for target, value in zip(out, values, strict=True):
             target.copy_(value[:, 0])
+
+    def _multiply(
+        self, product: Product, rows: slice | Tensor, out: Tensor, slope: Tensor | None = None
+    ) -> None:
+        """The logits [n, V] of some tokens; every worker multiplies its part of the vocabulary."""
+
+        def share(worker: int) -> None:
+            part = self.workers.share(worker, product.vocab)
+            part_slope = None if slope is None else slope[:, part]
+            product.logits(rows, out[:, part], part_slope, part)
+
+        with gemm_precision(product.gemm_dtype):
+            if product.sliced:
+                self.workers.run(share)
+            else:
+                self.workers.alone(lambda: product.logits(rows, out, slope))
 
     def _joint_values(self, logp: Tensor) -> tuple[Tensor, Tensor]:
         """(log q(y), divergence), [n, 1] each."""
@@ -109,8 +125,8 @@ class Chunk(Buffers):
         rows = index + self.start
         a, b = (torch.empty_like(here.p[: len(rows)]) for _ in range(2))
         assert problem.ref is not None
-        problem.policy.logits(rows, a)
-        problem.ref.logits(rows, b)
+        self._multiply(problem.policy, rows, a)
+        self._multiply(problem.ref, rows, b)
         logp, logq = log_softmax_pair(a, b)
         if self.differentiate:
             with torch.enable_grad():

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rlkl.kl.fused.workers import Workers
+
 # Heads are read in slices of this many rows: faster for BLAS, and no 16-bit head is widened whole.
 _VOCAB_SLICE = 8192
 
@@ -73,6 +75,8 @@ class Product(ABC):
 
     sliced: bool
     """Whether the logits of a part of the vocabulary cost only their share."""
+    gemm_dtype: torch.dtype | None = None
+    """What oneDNN rounds factors to; for `gemm_precision`, around all calls of `logits`."""
 
     def __init__(
         self,
@@ -133,7 +137,7 @@ class Gradients(ABC):
         ]
 
     @abstractmethod
-    def add(self, rows: slice, grad: Tensor) -> None:
+    def add(self, rows: slice, grad: Tensor, workers: Workers) -> None:
         """Add a chunk, given the gradient [n, V] of what was multiplied (before any cap)."""
 
     def in_dtype_of(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -159,7 +163,10 @@ class LinearProduct(Product):
         gemm_dtype: torch.dtype | None,
     ):
         super().__init__(hidden, head, vocab, temperature, dtype)
-        self.gemm_dtype = gemm_dtype
+        # Factors that are bfloat16 already lose nothing in a bfloat16 product with a float32 sum.
+        lossless = hidden.dtype == head.weight.dtype == torch.bfloat16 and self.scale == 1.0
+        self.gemm_dtype = torch.bfloat16 if lossless else gemm_dtype
+        self.gradient_gemm_dtype = gemm_dtype
         self.weight = head.weight.detach()[:vocab]
         self.bias = None if head.bias is None else head.bias.detach()[:vocab]
         self.adapters = [
@@ -181,11 +188,8 @@ class LinearProduct(Product):
 
     def _multiply(self, rows: slice | Tensor, out: Tensor, columns: slice) -> None:
         hidden = self.scaled_hidden(rows)
-        # Factors that are bfloat16 already lose nothing in a bfloat16 product with a float32 sum.
-        lossless = self.hidden.dtype == self.weight.dtype == torch.bfloat16 and self.scale == 1.0
-        with _gemm_precision(torch.bfloat16 if lossless else self.gemm_dtype):
-            for part, weight in self.weight_slices(columns):
-                torch.mm(hidden, weight.t(), out=out[:, part])
+        for part, weight in self.weight_slices(columns):
+            torch.mm(hidden, weight.t(), out=out[:, part])
         for a, b, scale in self.adapters:
             out.addmm_(hidden @ a.t(), b[columns].t(), alpha=scale)
         if self.bias is not None:
@@ -203,21 +207,34 @@ class _LinearGradients(Gradients):
         super().__init__(inputs, needed, product.dtype)
         self.product = product
 
-    def add(self, rows: slice, grad: Tensor) -> None:
+    def add(self, rows: slice, grad: Tensor, workers: Workers) -> None:
         product, vocab = self.product, self.product.vocab
         # Rows beyond the vocabulary are padding: their gradient stays 0.
         hidden_sum, weight_sum, bias_sum, *factor_sums = self.sums
-        with _gemm_precision(product.gemm_dtype):
+        hidden = product.scaled_hidden(rows)
+
+        def vocabulary_share(worker: int) -> Tensor | None:
+            """Add what belongs to a part of the vocabulary; its gradient of the hidden states."""
+            part = workers.share(worker, vocab)
+            grad_part, hidden_part = grad[:, part], None
             if hidden_sum is not None:
-                for columns, weight in product.weight_slices(slice(0, vocab)):
-                    hidden_sum[rows].addmm_(grad[:, columns], weight, alpha=product.scale)
+                hidden_part = hidden_sum[rows]
+                hidden_part = hidden_part if workers.count == 1 else torch.zeros_like(hidden_part)
+                for columns, weight in product.weight_slices(part):
+                    hidden_part.addmm_(grad_part[:, columns], weight, alpha=product.scale)
             if weight_sum is not None:
-                weight_sum[:vocab].addmm_(grad.t(), product.scaled_hidden(rows))
-        if bias_sum is not None:
-            bias_sum[:vocab].add_(grad.sum(0), alpha=product.scale)
+                weight_sum[part].addmm_(grad_part.t(), hidden)
+            if bias_sum is not None:
+                bias_sum[part].add_(grad_part.sum(0), alpha=product.scale)
+            return hidden_part
+
+        with gemm_precision(product.gradient_gemm_dtype):
+            hidden_parts = workers.run(vocabulary_share)
+        if hidden_sum is not None and workers.count > 1:
+            for hidden_part in hidden_parts:
+                hidden_sum[rows].add_(hidden_part)
         for i, (a, b, scale) in enumerate(product.adapters):
             a_sum, b_sum = factor_sums[2 * i : 2 * i + 2]
-            hidden = product.scaled_hidden(rows)
             if b_sum is not None:
                 b_sum[:vocab].addmm_(grad.t(), hidden @ a.t(), alpha=scale)
             if a_sum is not None or hidden_sum is not None:
@@ -263,7 +280,10 @@ class _ModuleGradients(Gradients):
         super().__init__(inputs, needed, product.dtype)
         self.product = product
 
-    def add(self, rows: slice, grad: Tensor) -> None:
+    def add(self, rows: slice, grad: Tensor, workers: Workers) -> None:
+        workers.alone(lambda: self._add(rows, grad))
+
+    def _add(self, rows: slice, grad: Tensor) -> None:
         with torch.enable_grad():
             hidden = self.product.hidden[rows].detach().requires_grad_()
             logits = self.product.call(hidden)
@@ -352,11 +372,12 @@ def check_head(name: str, head: OutputHead | ModuleHead, hidden: Tensor, n: int)
 
 
 @contextmanager
-def _gemm_precision(dtype: torch.dtype | None) -> Iterator[None]:
+def gemm_precision(dtype: torch.dtype | None) -> Iterator[None]:
     """Float32 products whose factors oneDNN rounds to bfloat16 (CPU); sums and output stay float32.
 
     torch.mm of bfloat16 tensors would round its output as well, which drowns a small KL. CPUs
-    without bfloat16 arithmetic ignore the setting. It is the process's, hence set only meanwhile.
+    without bfloat16 arithmetic ignore the setting. It is the process's: set only meanwhile, around
+    what threads do together, never in one of them.
     """
     if dtype != torch.bfloat16:
         yield

@@ -18,16 +18,17 @@ from rlkl.kl.fused.records import TokenLogp, TokenStats
 # A chunk holds about this many logits of each model (42 MB in float32), within these rows. Fewer
 # rows make the products slower: each chunk reads the whole head and adds to its whole gradient.
 _CHUNK_ELEMENTS = 10_500_000
-_CHUNK_ROWS = (208, 512)
+_CHUNK_ROWS = (240, 512)
 # From this vocabulary on the products outweigh torch's passes over their results. (Below torch's
 # grain of 32,768 a row is summed by one thread: its bits do not depend on how rows are divided.)
 _LARGE_VOCAB = 16_384
 
 
-def default_chunk_size(vocab: int) -> int:
-    """Tokens of a chunk, for a vocabulary of this size."""
+def default_chunk_size(vocab: int, n: int) -> int:
+    """Tokens of a chunk, for a vocabulary of this size, so that n > 0 of them fill the last too."""
     rows = _CHUNK_ELEMENTS // vocab // 16 * 16
-    return min(max(rows, _CHUNK_ROWS[0]), _CHUNK_ROWS[1])
+    rows = min(max(rows, _CHUNK_ROWS[0]), _CHUNK_ROWS[1])
+    return math.ceil(n / math.ceil(n / rows))
 
 
 def row_passes(device: torch.device, dtype: torch.dtype) -> ModuleType:
@@ -107,9 +108,8 @@ class Problem:
             product_of(hidden, head, vocab, temperature, dtype, gemm_dtype)
             for hidden, head in models.values()
         ]
-        if chunk_size is None:
-            chunk_size = default_chunk_size(vocab)
-        chunk_size = min(chunk_size, max(tokens.shape[0], 1))
+        n = max(len(tokens), 1)
+        chunk_size = default_chunk_size(vocab, n) if chunk_size is None else min(chunk_size, n)
         ref_product = products[1] if len(products) == 2 else None
         if ref_logp is not None:
             ref_logp = ref_logp.detach().to(dtype)
@@ -122,14 +122,13 @@ class Problem:
 
     @property
     def threads(self) -> int:
-        """How many threads take their share of the rows.
+        """How many threads take their share of products and passes.
 
         Left to itself torch splits every operation over its threads and waits for all of them. On
         an idle machine that is the fastest way through small logits, but each wait may last a time
         slice of the scheduler on a busy one, and a large vocabulary takes thousands of waits. There
-        a thread takes whole blocks, with one wait per chunk, for the price of Python's lock between
-        them; and always where the passes are compiled, which have no other threads and no lock.
-        Matrix products stay with torch's own.
+        a thread takes its whole share, with four waits per chunk, for the price of Python's lock
+        between them; and always where the passes are compiled, which have no other threads.
         """
         compiled = self.passes is not torch_rows
         many = self.tokens.device.type == "cpu" and (compiled or self.policy.vocab >= _LARGE_VOCAB)

@@ -15,6 +15,7 @@ F = Σ e^(a − m) φ(b − a − μ). Two parts x, y, brought to the larger max
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import reduce
 from typing import NamedTuple, Self
 
 import torch
@@ -22,12 +23,15 @@ from torch import Tensor
 
 from rlkl.kl.fused.buffers import Buffers
 from rlkl.kl.fused.engine import MAX_T, sweep
+from rlkl.kl.fused.heads import gemm_precision
 from rlkl.kl.fused.problem import Problem
 from rlkl.kl.fused.workers import Workers
 
-# A tile has at most so many rows, and about so many logits of each model (8 MB in float32).
+# A tile has at most so many rows, and all workers' tiles about so many logits of each model (8 MB
+# in float32), but none fewer than these.
 _TILE_ROWS = 1024
 _TILE_ELEMENTS = 2_097_152
+_SMALLEST_TILE = 262_144
 
 
 class Sums(NamedTuple):
@@ -81,6 +85,7 @@ def can_tile(problem: Problem) -> bool:
         problem.tokens.device.type == "cpu"  # a GPU reduces whole rows in one kernel
         and problem.divergence.read is None
         and all(x.sliced for x in products)
+        and len({x.gemm_dtype for x in products}) == 1
     )
 
 
@@ -88,18 +93,25 @@ def tile_statistics(problem: Problem) -> tuple[Tensor, ...]:
     """The statistics [N] of all tokens, those of `sweep(problem)` but for rounding."""
     n, vocab = len(problem.tokens), problem.policy.vocab
     size = min(max(n, 1), _TILE_ROWS)
-    width = min(vocab, _TILE_ELEMENTS // size)
     out = tuple(torch.empty(n, dtype=problem.policy.dtype) for _ in problem.record._fields)
     with (
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),
+        gemm_precision(problem.policy.gemm_dtype),
         Workers(problem.threads) as workers,
     ):
-        buffers = Buffers(problem, workers, size, width, differentiate=False)
+        elements = max(_TILE_ELEMENTS // workers.count, _SMALLEST_TILE)
+        width = min(-(-vocab // workers.count), max(elements // size, 1))
+        tiles = [Tile(problem, size, width) for _ in range(workers.count)]
         for start in range(0, n, size):
             rows = slice(start, min(start + size, n))
-            for target, value in zip(out, _row_statistics(problem, buffers, rows), strict=True):
-                target[rows] = value
+
+            def share(worker: int, rows: slice = rows) -> Part | None:
+                return tiles[worker].read(rows, workers.share(worker, vocab))
+
+            parts = [part for part in workers.run(share) if part is not None]
+            for target, value in zip(out, _values(parts, problem), strict=True):
+                target[rows] = value[:, 0]
     # −inf and underflow: the rare rows that only whole rows can settle.
     open_rows = (~torch.stack(out).isfinite().all(0)).nonzero()[:, 0]
     if len(open_rows):
@@ -108,36 +120,56 @@ def tile_statistics(problem: Problem) -> tuple[Tensor, ...]:
     return out
 
 
-def _row_statistics(problem: Problem, buffers: Buffers, rows: slice) -> Iterator[Tensor]:
-    """The statistics [n] of some tokens; NaN where tiles cannot tell."""
-    tokens, vocab = problem.tokens[rows, None], problem.policy.vocab
-    width = buffers.buffers.p.shape[1]
-    total: Sums | None = None
-    token_logit, ref_logit = torch.empty(2, len(tokens), 1, dtype=torch.float64)
-    for first in range(0, vocab, width):
-        columns = slice(first, min(first + width, vocab))
-        tile = buffers.fit(len(tokens), columns.stop - first)
-        problem.policy.logits(rows, tile.p, columns=columns)
-        inside = ((tokens >= first) & (tokens < columns.stop)).nonzero()[:, 0]
-        at = inside, tokens[inside, 0] - first
-        token_logit[inside, 0] = tile.p[at].double()
-        if problem.ref is not None:
-            problem.ref.logits(rows, tile.t, columns=columns)
-            ref_logit[inside, 0] = tile.t[at].double()
-        buffers.reduce()
-        part = Sums(*(getattr(tile, name).to(torch.float64, copy=True) for name in Sums._fields))
-        part = part._replace(t_max=part.t_max + part.t_mean)
-        total = part if total is None else total.join(part)
-    assert total is not None
+class Part(NamedTuple):
+    """What a worker knows of some rows from its part of the vocabulary; float64."""
+
+    sums: Sums
+    token_logit: Tensor  # [n, 1]; 0 where the token is in another part
+    ref_logit: Tensor  # as well
+
+
+class Tile(Buffers):
+    """The logits of one worker: many tokens, few logits of each."""
+
+    def __init__(self, problem: Problem, size: int, width: int):
+        super().__init__(problem, Workers(1), size, width, differentiate=False)
+
+    def read(self, rows: slice, columns: slice) -> Part | None:
+        """Walk over some columns of these rows; None if there are none."""
+        problem, tokens = self.problem, self.problem.tokens[rows, None]
+        width, total = self.buffers.p.shape[1], None
+        token_logit, ref_logit = torch.zeros(2, len(tokens), 1, dtype=torch.float64)
+        for first in range(columns.start, columns.stop, width):
+            part = slice(first, min(first + width, columns.stop))
+            tile = self.fit(len(tokens), part.stop - first)
+            problem.policy.logits(rows, tile.p, columns=part)
+            inside = ((tokens >= first) & (tokens < part.stop)).nonzero()[:, 0]
+            at = inside, tokens[inside, 0] - first
+            token_logit[inside, 0] = tile.p[at].double()
+            if problem.ref is not None:
+                problem.ref.logits(rows, tile.t, columns=part)
+                ref_logit[inside, 0] = tile.t[at].double()
+            self.reduce()
+            sums = Sums(*(getattr(tile, name).to(torch.float64, copy=True) for name in Sums._fields))
+            sums = sums._replace(t_max=sums.t_max + sums.t_mean)
+            total = sums if total is None else total.join(sums)
+        return None if total is None else Part(total, token_logit, ref_logit)
+
+
+def _values(parts: list[Part], problem: Problem) -> Iterator[Tensor]:
+    """The statistics [n, 1] of some tokens; NaN where tiles cannot tell."""
+    total = reduce(Sums.join, (part.sums for part in parts))
+    token_logit = sum(part.token_logit for part in parts)
     log_sum = total.p_sum.log()
     logp = token_logit - total.peak - log_sum
-    yield logp[:, 0]
+    yield logp
     if problem.ref is not None:
         kl = (total.phi_sum / total.p_sum).log1p()
         kl.masked_fill_(~(total.t_max - total.t_mean < MAX_T), torch.nan)
-        yield (logp + (ref_logit - token_logit - total.t_mean) - kl)[:, 0]
-        yield kl[:, 0]
-    yield (log_sum - total.a_sum / total.p_sum)[:, 0]
+        ref_logit = sum(part.ref_logit for part in parts)
+        yield logp + (ref_logit - token_logit - total.t_mean) - kl
+        yield kl
+    yield log_sum - total.a_sum / total.p_sum
 
 
 def _only(problem: Problem, index: Tensor) -> Problem:

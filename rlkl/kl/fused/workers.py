@@ -1,17 +1,20 @@
-"""Threads for element-wise work."""
+"""Threads for products and element-wise work."""
 
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 
+T = TypeVar("T")
+
 
 class Workers:
-    """So many threads for passes over logits; in each, torch's operations run alone.
+    """So many threads, each of which runs torch's operations alone.
 
     With one, everything stays in the caller's thread, and torch splits operations as it likes.
+    With more, the caller's thread has torch to itself too until it leaves the context.
     """
 
     def __init__(self, count: int):
@@ -24,8 +27,8 @@ class Workers:
             for _ in range(self.count):
                 self.pool.submit(self._start, started)
             started.wait()
-            # OpenMP's setting is the thread's, but MKL's is the process's: give it back.
-            torch.set_num_threads(self.count)
+            # OpenMP's number of threads is each thread's, but MKL's is the process's.
+            torch.set_num_threads(1)
         return self
 
     @staticmethod
@@ -39,17 +42,31 @@ class Workers:
     def __exit__(self, *exception: object) -> None:
         if self.pool is not None:
             self.pool.shutdown()
+            torch.set_num_threads(self.count)
 
-    def run(self, work: Callable[[int], None]) -> None:
-        """Run work(0), ..., work(count − 1) at the same time and wait for them."""
+    def run(self, work: Callable[[int], T]) -> list[T]:
+        """What work(0), ..., work(count − 1) return, run at the same time."""
         if self.pool is None:
-            work(0)
-            return
+            return [work(0)]
         inference = torch.is_inference_mode_enabled()
 
-        def in_callers_mode(worker: int) -> None:  # autograd's modes belong to each thread
+        def in_callers_mode(worker: int) -> T:  # autograd's modes belong to each thread
             with torch.inference_mode(inference), torch.no_grad():
-                work(worker)
+                return work(worker)
 
-        for done in [self.pool.submit(in_callers_mode, worker) for worker in range(self.count)]:
-            done.result()
+        running = [self.pool.submit(in_callers_mode, worker) for worker in range(self.count)]
+        return [done.result() for done in running]
+
+    def alone(self, work: Callable[[], T]) -> T:
+        """Run what cannot be divided, in the caller's thread with all of torch's threads."""
+        if self.pool is None:
+            return work()
+        torch.set_num_threads(self.count)
+        try:
+            return work()
+        finally:
+            torch.set_num_threads(1)
+
+    def share(self, worker: int, n: int) -> slice:
+        """A worker's part of n things."""
+        return slice(n * worker // self.count, n * (worker + 1) // self.count)
