@@ -4,9 +4,11 @@
     python recipes/benchmarks/fused_kl.py --threads 2 --neighbour 2   # beside busy processes
     python recipes/benchmarks/fused_kl.py --only naive fused --shapes 512x4096x256
 
-Every measurement is a fresh process (fused_kl_worker.py); a round runs every variant once, so that
-a slow minute of the machine hits all of them. Ratios are medians over rounds of ratios within a
-round; those of time are of CPU seconds with one thread and no neighbour, else of wall seconds.
+In every round each variant is a fresh process (fused_kl_worker.py). The processes of a shape wait
+for each other and are measured in turn, forwards and backwards, so that a slow second of the
+machine hits all of them. Ratios are medians over turns of ratios within a turn; those of time are
+of CPU seconds with one thread and no neighbour, else of wall seconds; those of memory are of the
+first turns, before a process keeps any of it.
 
 Every measurement is appended to measurements.jsonl with the machine's description; the table and
 time_and_memory.png are made from those of this run. Linux only: the peak of memory is the system's
@@ -15,16 +17,18 @@ count of the process's resident memory.
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import matplotlib
 
@@ -103,7 +107,8 @@ def parse_args() -> argparse.Namespace:
         "--shapes", nargs="+", default=["2048x50257x768"], help="tokens x vocabulary x width"
     )
     parser.add_argument("--threads", type=int, default=1, help="threads of every variant")
-    parser.add_argument("--rounds", type=int, default=3, help="times that every variant is run")
+    parser.add_argument("--rounds", type=int, default=3, help="fresh processes of every variant")
+    parser.add_argument("--turns", type=int, default=4, help="measurements of every process")
     parser.add_argument(
         "--only", nargs="+", choices=VARIANTS + MORE, default=VARIANTS, help="variants to measure"
     )
@@ -124,8 +129,8 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/fused_kl"))
     args = parser.parse_args()
-    if args.rounds < 1 or args.threads < 1 or args.neighbour < 0:
-        parser.error("--rounds and --threads must be at least 1, --neighbour at least 0")
+    if min(args.rounds, args.turns, args.threads) < 1 or args.neighbour < 0:
+        parser.error("--rounds, --turns and --threads must be at least 1, --neighbour at least 0")
     if args.value_only and args.gradient_only:
         parser.error("--value_only and --gradient_only exclude each other")
     written = " ".join(args.shapes)
@@ -167,48 +172,94 @@ def neighbours(count: int) -> Iterator[None]:
             process.kill()
 
 
-def run_worker(python: Path, spec: dict[str, Any]) -> dict[str, Any]:
-    """One process's measurement beside its settings; an error in place of it if it failed."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(spec["threads"]),
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
-    load = os.getloadavg()[0]
-    done = subprocess.run(
-        [str(python), "-W", "ignore", str(WORKER), json.dumps(spec)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return spec | {"error": last}
-    return spec | {"load_before": load} | json.loads(done.stdout.splitlines()[-1])
+class Worker:
+    """A process that measures one variant whenever it is asked; in its context it is ready."""
+
+    def __init__(self, python: Path, spec: dict[str, Any]):
+        self.python, self.spec = python, spec
+        self.error: str | None = None
+        """Why it ended, if it did: the last line that it wrote."""
+
+    def __enter__(self) -> Self:
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(self.spec["threads"]),
+            "PYTHONPATH": str(ROOT),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+        with contextlib.ExitStack() as stack:
+            self.errors = stack.enter_context(tempfile.TemporaryFile("w+"))
+            self.process = stack.enter_context(
+                subprocess.Popen(
+                    [str(self.python), "-W", "ignore", str(WORKER), json.dumps(self.spec)],
+                    env=environment,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=self.errors,
+                    text=True,
+                )
+            )
+            stack.callback(self.process.kill)
+            self.read()
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stack.close()
+
+    def read(self) -> str:
+        """The next line that it prints; "" and an error once it has ended."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            self.errors.seek(0)
+            self.error = (self.errors.read().strip().splitlines() or ["no message"])[-1]
+        return line
+
+    def measure(self, turn: int) -> dict[str, Any]:
+        """A measurement beside its settings, or the error."""
+        assert self.process.stdin is not None
+        load = os.getloadavg()[0]
+        with contextlib.suppress(BrokenPipeError):  # it ended meanwhile
+            print(turn, file=self.process.stdin, flush=True)
+        line = self.read()
+        if self.error is not None:
+            return self.spec | {"error": self.error}
+        found = json.loads(line)
+        if turn > 0:  # the process keeps some of the first turn's memory
+            del found["memory_mb"]
+        return self.spec | {"turn": turn, "load_before": load} | found
 
 
-def plan(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The measurements of one round."""
+def in_turn(workers: list[Worker], turns: int) -> Iterator[dict[str, Any]]:
+    """What the processes measure, forwards and backwards."""
+    yield from (worker.spec | {"error": worker.error} for worker in workers if worker.error)
+    for turn in range(turns):
+        for worker in workers[:: -1 if turn % 2 else 1]:
+            if worker.error is None:
+                yield worker.measure(turn)
+
+
+def plan(args: argparse.Namespace) -> list[list[dict[str, Any]]]:
+    """What a round measures; the variants of a list in turn."""
     passes = [True] * (not args.value_only) + [False] * (not args.gradient_only)
-    specs = [
-        {"variant": variant, "n": n, "vocab": vocab, "width": width, "gradient": gradient}
+    cases = [
+        (args.only, {"n": n, "vocab": vocab, "width": width, "gradient": gradient})
         for n, vocab, width in args.shapes
         for gradient in passes
-        for variant in args.only
     ]
     if args.ppo:
-        specs += [
-            {"variant": variant, "n": 384, "vocab": 50257, "width": 256, "gradient": True}
-            for variant in ("ppo_naive", "ppo_fused")
-        ]
-    return [spec | {"threads": args.threads, "neighbours": args.neighbour} for spec in specs]
+        step = {"n": 384, "vocab": 50257, "width": 256, "gradient": True}
+        cases.append((["ppo_naive", "ppo_fused"], step))
+    load = {"threads": args.threads, "neighbours": args.neighbour}
+    return [[{"variant": v} | case | load for v in variants] for variants, case in cases]
 
 
 def measure(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     """All rounds; every measurement is written as it comes, and Ctrl-C keeps those made."""
-    specs, records = plan(args), []
+    groups, records = plan(args), []
     failed: dict[str, str] = {}
+    pythons = {"liger": args.liger_python or Path(sys.executable)}
     args.output_dir.mkdir(parents=True, exist_ok=True)
     with (
         (args.output_dir / "measurements.jsonl").open("a") as file,
@@ -216,22 +267,25 @@ def measure(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
         Progress(transient=True, console=console) as progress,
         contextlib.suppress(KeyboardInterrupt),
     ):
-        bar = progress.add_task("", total=args.rounds * len(specs))
-        for number in range(args.rounds):
-            for spec in specs:
-                variant = spec["variant"]
-                progress.update(bar, description=variant, advance=0)
-                if variant not in failed:
-                    liger = args.liger_python if variant == "liger" else None
-                    python = liger or Path(sys.executable)
-                    record = run_worker(python, spec | {"round": number})
+        bar = progress.add_task("", total=args.rounds * args.turns * sum(map(len, groups)))
+        for number, specs in itertools.product(range(args.rounds), groups):
+            progress.update(bar, description=f"round {number + 1}")
+            with contextlib.ExitStack() as stack:
+                workers = [
+                    Worker(pythons.get(spec["variant"], Path(sys.executable)), spec)
+                    for spec in ({**spec, "round": number} for spec in specs)
+                    if spec["variant"] not in failed
+                ]
+                for worker in workers:
+                    stack.enter_context(worker)
+                for record in in_turn(workers, args.turns):
                     file.write(json.dumps(record | {"machine": machine()}) + "\n")
                     file.flush()
                     if "error" in record:
-                        failed[variant] = record["error"]
+                        failed[record["variant"]] = record["error"]
                     else:
                         records.append(record)
-                progress.advance(bar)
+                        progress.advance(bar)
     for variant, error in failed.items():
         console.print(f"{LABELS.get(variant, variant)} could not be measured: {error}")
     return records
@@ -242,7 +296,7 @@ def of(records: list[dict[str, Any]], **settings: Any) -> list[dict[str, Any]]:
 
 
 def ratio(records: list[dict[str, Any]], wanted: Ratio, **settings: Any) -> list[float]:
-    """The ratio within each round that has both; "time" is the CPU's where one thread has it."""
+    """The ratio within each turn that has both; "time" is the CPU's where one thread has it."""
     found, field = [], wanted.field
     if field == "time":
         alone = all(r["threads"] == 1 and not r["neighbours"] for r in records)
@@ -253,9 +307,11 @@ def ratio(records: list[dict[str, Any]], wanted: Ratio, **settings: Any) -> list
             variant=wanted.over,
             gradient=wanted.gradient,
             round=record["round"],
+            turn=record["turn"],
             **settings,
         ):
-            found.append(record[field] / other[field])
+            if field in record and field in other:
+                found.append(record[field] / other[field])
     return found
 
 
@@ -278,7 +334,7 @@ def tables(records: list[dict[str, Any]]) -> Iterator[Table]:
                 rows = of(here, variant=variant, gradient=gradient)
                 base = "ppo_naive" if variant.startswith("ppo_") else "naive"
                 cells = [
-                    f"{statistics.median(r[field] for r in rows):.{digits}f}"
+                    f"{statistics.median(r[field] for r in rows if field in r):.{digits}f}"
                     for field, digits in (("wall", 2), ("cpu", 2), ("memory_mb", 0))
                 ]
                 for field in ("time", "memory_mb"):
@@ -287,18 +343,19 @@ def tables(records: list[dict[str, Any]]) -> Iterator[Table]:
                 table.add_row(LABELS.get(variant, variant), "yes" if gradient else "no", *cells)
         yield table
         goals = Table(title="goals")
-        for name in ("ratio", "goal", "measured", "least–most", ""):
+        for name in ("ratio", "goal", "measured", "quartiles", ""):
             goals.add_column(name, justify="left" if name in ("", "ratio") else "right")
         for wanted in RATIOS:
             if found := ratio(here, wanted):
                 middle = statistics.median(found)
+                quartiles = statistics.quantiles(found, method="inclusive") if found[1:] else found
                 goal = wanted.goal or MEMORY_GOALS.get((n, vocab, width))
                 verdict = "" if goal is None else "met" if middle <= goal else "not met"
                 goals.add_row(
                     wanted.title,
                     "" if goal is None else f"≤ {goal}",
                     f"{middle:.3f}",
-                    f"{min(found):.3f}–{max(found):.3f}",
+                    f"{quartiles[0]:.3f}–{quartiles[-1]:.3f}",
                     verdict,
                 )
         if goals.row_count:
@@ -320,7 +377,8 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
             for gradient, colour, shift in ((True, "#1f6f8b", 0.2), (False, "#c4a35a", -0.2)):
                 rows = [of(here, variant=v, gradient=gradient) for v in names]
                 values = [
-                    statistics.median(r[field] for r in found) if found else 0 for found in rows
+                    statistics.median(r[field] for r in found if field in r) if found else 0
+                    for found in rows
                 ]
                 label_of = "with gradient" if gradient else "value only"
                 if any(values):

@@ -1,9 +1,10 @@
-"""One variant of the token KL, measured once in this process; called by fused_kl.py.
+"""One variant of the token KL, measured in this process; called by fused_kl.py.
 
     python recipes/benchmarks/fused_kl_worker.py '{"variant": "fused", "gradient": true, ...}'
 
-Prints one line of JSON: wall and CPU seconds, and the peak of the process's memory above what it
-held before the call (its inputs), in MB.
+Prints "ready" once everything is loaded, then for every line that it reads one call's measurement
+as a line of JSON: wall and CPU seconds, and the peak of the process's memory above what it held
+before the call (its inputs), in MB.
 """
 
 import json
@@ -316,19 +317,33 @@ def measure(run: Callable[[], object]) -> dict[str, float]:
     return {"wall": wall, "cpu": cpu, "memory_mb": resident_mb("VmHWM") - before}
 
 
-def main() -> None:
-    spec = json.loads(sys.argv[1])
-    torch.set_num_threads(spec["threads"])
+def prepare(spec: dict[str, Any]) -> Callable[[], dict[str, float]]:
+    """What measures one call; it has been called once, small where it can be.
+
+    That starts threads, loads the libraries and compiles.
+    """
     if spec["variant"].startswith("ppo_"):
         step = ppo_step(spec)
         step()
-        print(json.dumps(measure(step)))
-        return
+        return lambda: measure(step)
     variant, gradient = VARIANTS[spec["variant"]], spec["gradient"]
-    # The warm-up starts threads, loads the libraries and compiles; it is small.
     variant(make_inputs(min(spec["n"], 96), spec["vocab"], spec["width"], gradient), gradient)
     inputs = make_inputs(spec["n"], spec["vocab"], spec["width"], gradient)
-    print(json.dumps(measure(lambda: variant(inputs, gradient))))
+
+    def call() -> dict[str, float]:
+        inputs.hidden.grad = inputs.head.grad = None
+        return measure(lambda: variant(inputs, gradient))
+
+    return call
+
+
+def main() -> None:
+    spec = json.loads(sys.argv[1])
+    torch.set_num_threads(spec["threads"])
+    call = prepare(spec)
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(call()), flush=True)
 
 
 if __name__ == "__main__":

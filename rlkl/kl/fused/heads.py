@@ -213,26 +213,25 @@ class _LinearGradients(Gradients):
         hidden_sum, weight_sum, bias_sum, *factor_sums = self.sums
         hidden = product.scaled_hidden(rows)
 
-        def vocabulary_share(worker: int) -> Tensor | None:
-            """Add what belongs to a part of the vocabulary; its gradient of the hidden states."""
+        hidden_parts = hidden_sum[None, rows] if hidden_sum is not None else None
+        if hidden_parts is not None and workers.count > 1:
+            hidden_parts = hidden.new_zeros(workers.count, *hidden.shape)
+
+        def share(worker: int) -> None:
             part = workers.share(worker, vocab)
-            grad_part, hidden_part = grad[:, part], None
-            if hidden_sum is not None:
-                hidden_part = hidden_sum[rows]
-                hidden_part = hidden_part if workers.count == 1 else torch.zeros_like(hidden_part)
+            grad_part = grad[:, part]
+            if hidden_parts is not None:
                 for columns, weight in product.weight_slices(part):
-                    hidden_part.addmm_(grad_part[:, columns], weight, alpha=product.scale)
+                    hidden_parts[worker].addmm_(grad_part[:, columns], weight, alpha=product.scale)
             if weight_sum is not None:
                 weight_sum[part].addmm_(grad_part.t(), hidden)
             if bias_sum is not None:
                 bias_sum[part].add_(grad_part.sum(0), alpha=product.scale)
-            return hidden_part
 
         with gemm_precision(product.gradient_gemm_dtype):
-            hidden_parts = workers.run(vocabulary_share)
-        if hidden_sum is not None and workers.count > 1:
-            for hidden_part in hidden_parts:
-                hidden_sum[rows].add_(hidden_part)
+            workers.run(share)
+        if hidden_sum is not None and hidden_parts is not None and workers.count > 1:
+            hidden_sum[rows].add_(hidden_parts.sum(0))
         for i, (a, b, scale) in enumerate(product.adapters):
             a_sum, b_sum = factor_sums[2 * i : 2 * i + 2]
             if b_sum is not None:

@@ -150,7 +150,9 @@ class Tile(Buffers):
                 problem.ref.logits(rows, tile.t, columns=part)
                 ref_logit[inside, 0] = tile.t[at].double()
             self.reduce()
-            sums = Sums(*(getattr(tile, name).to(torch.float64, copy=True) for name in Sums._fields))
+            sums = Sums(
+                *(getattr(tile, name).to(torch.float64, copy=True) for name in Sums._fields)
+            )
             sums = sums._replace(t_max=sums.t_max + sums.t_mean)
             total = sums if total is None else total.join(sums)
         return None if total is None else Part(total, token_logit, ref_logit)
