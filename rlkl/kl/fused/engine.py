@@ -35,7 +35,7 @@ def sweep(
     with (
         torch.no_grad(),
         torch.autocast(device.type, enabled=False),
-        Workers(problem.threads) as workers,
+        Workers(problem.threads, divide_products=problem.large) as workers,
     ):
         chunk = Chunk(problem, workers, differentiate=gradients is not None)
         for start in range(0, n, problem.chunk_size):
@@ -86,18 +86,17 @@ class Chunk(Buffers):
     def _multiply(
         self, product: Product, rows: slice | Tensor, out: Tensor, slope: Tensor | None = None
     ) -> None:
-        """The logits [n, V] of some tokens; every worker multiplies its part of the vocabulary."""
+        """The logits [n, V] of some tokens."""
 
-        def share(worker: int) -> None:
-            part = self.workers.share(worker, product.vocab)
+        def share(_: int, part: slice) -> None:
             part_slope = None if slope is None else slope[:, part]
             product.logits(rows, out[:, part], part_slope, part)
 
         with gemm_precision(product.gemm_dtype):
             if product.sliced:
-                self.workers.run(share)
+                self.workers.multiply(share, product.vocab)
             else:
-                self.workers.alone(lambda: product.logits(rows, out, slope))
+                product.logits(rows, out, slope)
 
     def _joint_values(self, logp: Tensor) -> tuple[Tensor, Tensor]:
         """(log q(y), divergence), [n, 1] each."""

@@ -214,11 +214,10 @@ class _LinearGradients(Gradients):
         hidden = product.scaled_hidden(rows)
 
         hidden_parts = hidden_sum[None, rows] if hidden_sum is not None else None
-        if hidden_parts is not None and workers.count > 1:
-            hidden_parts = hidden.new_zeros(workers.count, *hidden.shape)
+        if hidden_parts is not None and workers.parts > 1:
+            hidden_parts = hidden.new_zeros(workers.parts, *hidden.shape)
 
-        def share(worker: int) -> None:
-            part = workers.share(worker, vocab)
+        def share(worker: int, part: slice) -> None:
             grad_part = grad[:, part]
             if hidden_parts is not None:
                 for columns, weight in product.weight_slices(part):
@@ -229,8 +228,8 @@ class _LinearGradients(Gradients):
                 bias_sum[part].add_(grad_part.sum(0), alpha=product.scale)
 
         with gemm_precision(product.gradient_gemm_dtype):
-            workers.run(share)
-        if hidden_sum is not None and hidden_parts is not None and workers.count > 1:
+            workers.multiply(share, vocab)
+        if hidden_sum is not None and hidden_parts is not None and workers.parts > 1:
             hidden_sum[rows].add_(hidden_parts.sum(0))
         for i, (a, b, scale) in enumerate(product.adapters):
             a_sum, b_sum = factor_sums[2 * i : 2 * i + 2]
@@ -280,9 +279,6 @@ class _ModuleGradients(Gradients):
         self.product = product
 
     def add(self, rows: slice, grad: Tensor, workers: Workers) -> None:
-        workers.alone(lambda: self._add(rows, grad))
-
-    def _add(self, rows: slice, grad: Tensor) -> None:
         with torch.enable_grad():
             hidden = self.product.hidden[rows].detach().requires_grad_()
             logits = self.product.call(hidden)

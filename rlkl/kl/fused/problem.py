@@ -19,8 +19,8 @@ from rlkl.kl.fused.records import TokenLogp, TokenStats
 # rows make the products slower: each chunk reads the whole head and adds to its whole gradient.
 _CHUNK_ELEMENTS = 10_500_000
 _CHUNK_ROWS = (240, 512)
-# From this vocabulary on the products outweigh torch's passes over their results. (Below torch's
-# grain of 32,768 a row is summed by one thread: its bits do not depend on how rows are divided.)
+# From this vocabulary on threads take whole shares: see `large`. (Below torch's grain of 32,768 a
+# row is summed by one thread: its bits do not depend on how rows are divided.)
 _LARGE_VOCAB = 16_384
 
 
@@ -121,18 +121,21 @@ class Problem:
         return row_passes(self.tokens.device, self.policy.dtype)
 
     @property
-    def threads(self) -> int:
-        """How many threads take their share of products and passes.
+    def large(self) -> bool:
+        """Whether threads divide products as well, each its own part of the vocabulary.
 
-        Left to itself torch splits every operation over its threads and waits for all of them. On
-        an idle machine that is the fastest way through small logits, but each wait may last a time
-        slice of the scheduler on a busy one, and a large vocabulary takes thousands of waits. There
-        a thread takes its whole share, with four waits per chunk, for the price of Python's lock
-        between them; and always where the passes are compiled, which have no other threads.
+        Left to itself torch splits every operation over its threads and waits for all of them. Its
+        threads spin between two operations, the fastest way through small logits on an idle
+        machine; but a wait may last a time slice of the scheduler on a busy one, and a large
+        vocabulary takes thousands of waits. There four waits per chunk are enough.
         """
-        compiled = self.passes is not torch_rows
-        many = self.tokens.device.type == "cpu" and (compiled or self.policy.vocab >= _LARGE_VOCAB)
-        return torch.get_num_threads() if many else 1
+        return self.tokens.device.type == "cpu" and self.policy.vocab >= _LARGE_VOCAB
+
+    @property
+    def threads(self) -> int:
+        """How many threads take their share of the passes: all, but for torch's over few logits."""
+        compiled = self.tokens.device.type == "cpu" and self.passes is not torch_rows
+        return torch.get_num_threads() if compiled or self.large else 1
 
     @property
     def record(self) -> type[TokenStats] | type[TokenLogp]:

@@ -102,7 +102,7 @@ def tile_statistics(problem: Problem) -> tuple[Tensor, ...]:
     ):
         elements = max(_TILE_ELEMENTS // workers.count, _SMALLEST_TILE)
         width = min(-(-vocab // workers.count), max(elements // size, 1))
-        tiles = [Tile(problem, size, width) for _ in range(workers.count)]
+        tiles = workers.run(lambda _: Tile(problem, size, width))
         for start in range(0, n, size):
             rows = slice(start, min(start + size, n))
 

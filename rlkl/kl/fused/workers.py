@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Self, TypeVar
 
 import torch
@@ -11,24 +11,23 @@ T = TypeVar("T")
 
 
 class Workers:
-    """So many threads, each of which runs torch's operations alone.
+    """So many threads, the caller's among them, each of which runs torch's operations alone.
 
-    With one, everything stays in the caller's thread, and torch splits operations as it likes.
-    With more, the caller's thread has torch to itself too until it leaves the context.
+    With one, torch splits operations as it likes. So it does with matrix products, unless the
+    workers are there to divide them too.
     """
 
-    def __init__(self, count: int):
-        self.count = count
-        self.pool = ThreadPoolExecutor(count) if count > 1 else None
+    def __init__(self, count: int, *, divide_products: bool = False):
+        self.count, self.parts = count, count if divide_products else 1
+        self.pool = ThreadPoolExecutor(count - 1) if count > 1 else None
 
     def __enter__(self) -> Self:
         if self.pool is not None:
-            started = threading.Barrier(self.count + 1)
-            for _ in range(self.count):
+            started = threading.Barrier(self.count)
+            for _ in range(1, self.count):
                 self.pool.submit(self._start, started)
             started.wait()
-            # OpenMP's number of threads is each thread's, but MKL's is the process's.
-            torch.set_num_threads(1)
+            torch.set_num_threads(self.count)
         return self
 
     @staticmethod
@@ -42,7 +41,6 @@ class Workers:
     def __exit__(self, *exception: object) -> None:
         if self.pool is not None:
             self.pool.shutdown()
-            torch.set_num_threads(self.count)
 
     def run(self, work: Callable[[int], T]) -> list[T]:
         """What work(0), ..., work(count − 1) return, run at the same time."""
@@ -54,18 +52,22 @@ class Workers:
             with torch.inference_mode(inference), torch.no_grad():
                 return work(worker)
 
-        running = [self.pool.submit(in_callers_mode, worker) for worker in range(self.count)]
-        return [done.result() for done in running]
-
-    def alone(self, work: Callable[[], T]) -> T:
-        """Run what cannot be divided, in the caller's thread with all of torch's threads."""
-        if self.pool is None:
-            return work()
-        torch.set_num_threads(self.count)
+        # OpenMP's number of threads is each thread's, but MKL's is the process's.
+        torch.set_num_threads(1)
+        others = [self.pool.submit(in_callers_mode, worker) for worker in range(1, self.count)]
         try:
-            return work()
+            first = work(0)
         finally:
-            torch.set_num_threads(1)
+            wait(others)
+            torch.set_num_threads(self.count)
+        return [first, *(other.result() for other in others)]
+
+    def multiply(self, work: Callable[[int, slice], None], n: int) -> None:
+        """Run work(i, part i of n columns) for all `parts` of a product."""
+        if self.parts == 1:
+            work(0, slice(0, n))
+        else:
+            self.run(lambda worker: work(worker, self.share(worker, n)))
 
     def share(self, worker: int, n: int) -> slice:
         """A worker's part of n things."""

@@ -140,5 +140,21 @@ def test_each_worker_computes_with_one_thread(threads):
 
     with Workers(threads) as pool:
         pool.run(work)
+        assert torch.get_num_threads() == threads
     assert seen == [1] * threads
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("divide_products", [False, True])
+def test_products_are_one_piece_or_a_piece_for_each_worker(threads, divide_products):
+    with Workers(threads, divide_products=divide_products) as pool:
+        seen = {}
+        pool.multiply(seen.__setitem__, 101)
+    assert sorted(seen) == list(range(threads if divide_products else 1))
+    assert [i for k in sorted(seen) for i in range(101)[seen[k]]] == list(range(101))
+
+
+def test_an_error_in_a_worker_reaches_the_caller_and_gives_torch_its_threads_back(threads):
+    with Workers(threads) as pool, pytest.raises(ZeroDivisionError):
+        pool.run(lambda worker: 1 / (worker + 1 - threads))
     assert torch.get_num_threads() == threads

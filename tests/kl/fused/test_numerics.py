@@ -163,6 +163,26 @@ def test_products_are_not_rounded_unasked():
         assert_close(stats, expected, 2e-5, 2e-5)
 
 
+def test_a_float32_reference_beside_a_bfloat16_policy_is_not_rounded(threads):
+    # The policy's products may round their factors, which loses nothing; the reference's may not.
+    case = make(n=64, vocab=503, hidden=64, ref=64)
+    case = case._replace(policy_hidden=case.policy_hidden / 8, ref_hidden=case.ref_hidden / 8)
+    case = Case(
+        *(
+            x.to(torch.float32 if name.startswith("ref") else torch.bfloat16)
+            if x.is_floating_point()
+            else x
+            for name, x in case._asdict().items()
+        )
+    )
+    expected = naive(case.to(torch.float64))
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    for _ in range(5):  # were the setting each thread's to change, it might be the other's
+        stats = fused_token_stats(*case.positional, **case.bias)
+        assert_close(stats, expected, 2e-5, 2e-5)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
 def test_autocast_does_not_round_the_logits():
     case = make().to(torch.float32)
     expected = fused_token_stats(*case.positional, **case.bias)
