@@ -127,7 +127,7 @@ class Problem:
         Left to itself torch splits every operation over its threads and waits for all of them. Its
         threads spin between two operations, the fastest way through small logits on an idle
         machine; but a wait may last a time slice of the scheduler on a busy one, and a large
-        vocabulary takes thousands of waits. There four waits per chunk are enough.
+        vocabulary takes thousands of waits. There five waits per chunk are enough.
         """
         return self.tokens.device.type == "cpu" and self.policy.vocab >= _LARGE_VOCAB
 
