@@ -54,7 +54,7 @@ def fused_token_stats(
         temperature: sampling temperature; all logits are divided by it.
         vocab_size: use only the first rows of both heads (the rest pads the vocabulary).
         chunk_size: tokens whose rows of logits are held at once, for gradients and `whole_rows`;
-            default: at most 240 to 512, about 10 million logits, in chunks of one size.
+            default: at most 240 to 512, about 13 million logits, in chunks of one size.
         whole_rows: sum each row in the order of `fused_token_loss`. At unchanged weights its
             log-probabilities are then these to the last bit (PPO's ratios start at exactly 1), and
             so is its KL with this log q(y) as `ref_logp`. Default: tiles of the vocabulary, which

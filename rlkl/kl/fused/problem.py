@@ -15,9 +15,9 @@ from rlkl.kl.fused.generators import RowDivergence
 from rlkl.kl.fused.heads import ModuleHead, OutputHead, Product, check_head, inputs_of, product_of
 from rlkl.kl.fused.records import TokenLogp, TokenStats
 
-# A chunk holds about this many logits of each model (42 MB in float32), within these rows. Fewer
+# A chunk holds about this many logits of each model (52 MB in float32), within these rows. Fewer
 # rows make the products slower: each chunk reads the whole head and adds to its whole gradient.
-_CHUNK_ELEMENTS = 10_500_000
+_CHUNK_ELEMENTS = 13_000_000
 _CHUNK_ROWS = (240, 512)
 # From this vocabulary on threads take whole shares: see `large`. (Below torch's grain of 32,768 a
 # row is summed by one thread: its bits do not depend on how rows are divided.)
