@@ -87,14 +87,16 @@ class Chunk(Buffers):
         self, product: Product, rows: slice | Tensor, out: Tensor, slope: Tensor | None = None
     ) -> None:
         """The logits [n, V] of some tokens."""
+        pieces = self.workers.pieces(product.vocab)
 
-        def share(_: int, part: slice) -> None:
-            part_slope = None if slope is None else slope[:, part]
-            product.logits(rows, out[:, part], part_slope, part)
+        def share(_: int) -> None:
+            for part in pieces:
+                part_slope = None if slope is None else slope[:, part]
+                product.logits(rows, out[:, part], part_slope, part)
 
         with gemm_precision(product.gemm_dtype):
             if product.sliced:
-                self.workers.multiply(share, product.vocab)
+                self.workers.multiply(share)
             else:
                 product.logits(rows, out, slope)
 

@@ -217,18 +217,24 @@ class _LinearGradients(Gradients):
         if hidden_parts is not None and workers.parts > 1:
             hidden_parts = hidden.new_zeros(workers.parts, *hidden.shape)
 
-        def share(worker: int, part: slice) -> None:
-            grad_part = grad[:, part]
-            if hidden_parts is not None:
+        pieces = workers.pieces(vocab)
+
+        def share(worker: int) -> None:
+            if (
+                hidden_parts is not None
+            ):  # a sum over the vocabulary: in one order, hence fixed parts
+                part = workers.share(worker, vocab) if workers.parts > 1 else slice(0, vocab)
+                grad_part = grad[:, part]
                 for columns, weight in product.weight_slices(part):
                     hidden_parts[worker].addmm_(grad_part[:, columns], weight, alpha=product.scale)
-            if weight_sum is not None:
-                weight_sum[part].addmm_(grad_part.t(), hidden)
-            if bias_sum is not None:
-                bias_sum[part].add_(grad_part.sum(0), alpha=product.scale)
+            for part in pieces:
+                if weight_sum is not None:
+                    weight_sum[part].addmm_(grad[:, part].t(), hidden)
+                if bias_sum is not None:
+                    bias_sum[part].add_(grad[:, part].sum(0), alpha=product.scale)
 
         with gemm_precision(product.gradient_gemm_dtype):
-            workers.multiply(share, vocab)
+            workers.multiply(share)
         if hidden_sum is not None and hidden_parts is not None and workers.parts > 1:
             hidden_sum[rows].add_(hidden_parts.sum(0))
         for i, (a, b, scale) in enumerate(product.adapters):

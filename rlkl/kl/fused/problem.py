@@ -122,12 +122,13 @@ class Problem:
 
     @property
     def large(self) -> bool:
-        """Whether threads divide products as well, each its own part of the vocabulary.
+        """Whether threads divide products as well, in parts of the vocabulary.
 
         Left to itself torch splits every operation over its threads and waits for all of them. Its
         threads spin between two operations, the fastest way through small logits on an idle
         machine; but a wait may last a time slice of the scheduler on a busy one, and a large
-        vocabulary takes thousands of waits. There five waits per chunk are enough.
+        vocabulary takes thousands of waits. There five waits per chunk are enough, and a thread
+        that is slowed down leaves more of the products to the others.
         """
         return self.tokens.device.type == "cpu" and self.policy.vocab >= _LARGE_VOCAB
 

@@ -1,13 +1,15 @@
 """Threads for products and element-wise work."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Self, TypeVar
 
 import torch
 
 T = TypeVar("T")
+# Pieces of a product for each worker.
+_PIECES = 8
 
 
 class Workers:
@@ -62,13 +64,32 @@ class Workers:
             torch.set_num_threads(self.count)
         return [first, *(other.result() for other in others)]
 
-    def multiply(self, work: Callable[[int, slice], None], n: int) -> None:
-        """Run work(i, part i of n columns) for all `parts` of a product."""
+    def multiply(self, work: Callable[[int], None]) -> None:
+        """Run work(0), ..., work(parts − 1) at the same time."""
         if self.parts == 1:
-            work(0, slice(0, n))
+            work(0)
         else:
-            self.run(lambda worker: work(worker, self.share(worker, n)))
+            self.run(work)
 
     def share(self, worker: int, n: int) -> slice:
         """A worker's part of n things."""
         return slice(n * worker // self.count, n * (worker + 1) // self.count)
+
+    def pieces(self, n: int) -> Iterator[slice]:
+        """Parts of a product's n columns, for all workers to take from until none is left.
+
+        A thread that something else slows down then leaves more to the others.
+        """
+        count = self.parts * _PIECES if self.parts > 1 else 1
+        return _Shared(slice(n * i // count, n * (i + 1) // count) for i in range(count))
+
+
+class _Shared(Iterator[T]):
+    """An iterator for several threads: each item goes to one of them."""
+
+    def __init__(self, items: Iterable[T]):
+        self.items, self.lock = iter(items), threading.Lock()
+
+    def __next__(self) -> T:
+        with self.lock:
+            return next(self.items)

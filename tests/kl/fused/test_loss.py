@@ -146,12 +146,20 @@ def test_each_worker_computes_with_one_thread(threads):
 
 
 @pytest.mark.parametrize("divide_products", [False, True])
-def test_products_are_one_piece_or_a_piece_for_each_worker(threads, divide_products):
+def test_products_are_one_piece_or_many_that_workers_take(threads, divide_products):
+    workers, taken = set(), []
+
+    def work(worker: int) -> None:
+        workers.add(worker)
+        taken.extend(pieces)
+
     with Workers(threads, divide_products=divide_products) as pool:
-        seen = {}
-        pool.multiply(seen.__setitem__, 101)
-    assert sorted(seen) == list(range(threads if divide_products else 1))
-    assert [i for k in sorted(seen) for i in range(101)[seen[k]]] == list(range(101))
+        pieces = pool.pieces(101)
+        pool.multiply(work)
+    divided = divide_products and threads > 1
+    assert workers == set(range(threads if divided else 1))
+    assert len(taken) == (8 * threads if divided else 1)
+    assert sorted(i for piece in taken for i in range(101)[piece]) == list(range(101))
 
 
 def test_an_error_in_a_worker_reaches_the_caller_and_gives_torch_its_threads_back(threads):
