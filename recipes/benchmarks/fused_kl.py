@@ -107,8 +107,8 @@ def parse_args() -> argparse.Namespace:
         "--shapes", nargs="+", default=["2048x50257x768"], help="tokens x vocabulary x width"
     )
     parser.add_argument("--threads", type=int, default=1, help="threads of every variant")
-    parser.add_argument("--rounds", type=int, default=3, help="fresh processes of every variant")
-    parser.add_argument("--turns", type=int, default=4, help="measurements of every process")
+    parser.add_argument("--rounds", type=int, default=2, help="fresh processes of every variant")
+    parser.add_argument("--turns", type=int, default=3, help="measurements of every process")
     parser.add_argument(
         "--only", nargs="+", choices=VARIANTS + MORE, default=VARIANTS, help="variants to measure"
     )

@@ -27,10 +27,10 @@ from rlkl.kl.fused.heads import gemm_precision
 from rlkl.kl.fused.problem import Problem
 from rlkl.kl.fused.workers import Workers
 
-# A tile has at most so many rows, and all workers' tiles about so many logits of each model (8 MB
+# A tile has at most so many rows, and all workers' tiles about so many logits of each model (16 MB
 # in float32), but none fewer than these.
-_TILE_ROWS = 1024
-_TILE_ELEMENTS = 2_097_152
+_TILE_ROWS = 2048
+_TILE_ELEMENTS = 4_194_304
 _SMALLEST_TILE = 262_144
 
 

@@ -162,6 +162,20 @@ def test_products_are_one_piece_or_many_that_workers_take(threads, divide_produc
     assert sorted(i for piece in taken for i in range(101)[piece]) == list(range(101))
 
 
+def test_a_call_gives_the_same_bits_whichever_thread_takes_what(threads):
+    case = make(n=64, vocab=997, hidden=64, ref=64).to(torch.float32)
+
+    def once() -> list[torch.Tensor]:
+        policy, leaves = case.leaves()
+        w = [x.float() for x in weights(64)]
+        loss, stats = fused_token_loss(combine, *policy.positional, *w, **policy.bias)
+        return [*stats, *gradients(loss, leaves)]
+
+    first = once()
+    for _ in range(10):
+        assert all(torch.equal(x, y) for x, y in zip(once(), first, strict=True))
+
+
 def test_an_error_in_a_worker_reaches_the_caller_and_gives_torch_its_threads_back(threads):
     with Workers(threads) as pool, pytest.raises(ZeroDivisionError):
         pool.run(lambda worker: 1 / (worker + 1 - threads))
