@@ -31,23 +31,28 @@ WAYS = {"plain": "logits [N, V], autograd", "fused": "hidden states, in chunks"}
 def measure(way: str, loss_name: str, n: int, vocab: int, width: int) -> dict[str, float]:
     """One way in this process: peak memory, seconds, and the results to compare."""
     torch.manual_seed(0)
-    student, teacher = torch.randn(n, width, requires_grad=True), torch.randn(n, width)
-    student_head = (0.3 * torch.randn(vocab, width)).requires_grad_()
-    teacher_head = 0.3 * torch.randn(vocab, width)
-    tokens = torch.zeros(n, dtype=torch.long)
     divergence = get_divergence(loss_name)
-    # Settles lazily made buffers before the count begins.
-    divergence(
-        (student[:2] @ student_head[:9].T), teacher[:2] @ teacher_head[:9].T
-    ).sum().backward()
-    student.grad = student_head.grad = None
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    begin = time.process_time()
-    if way == "plain":
-        loss = divergence(student @ student_head.T, teacher @ teacher_head.T).mean()
-    else:
+
+    def inputs(n: int, vocab: int) -> list[torch.Tensor]:
+        """Hidden states and head of the student, then the teacher's; nothing else is ever held."""
+        shapes = [(n, width), (vocab, width)] * 2
+        scales = [1.0, 0.3] * 2
+        return [
+            torch.randn(*shape).mul_(scale).requires_grad_(i < 2)
+            for i, (shape, scale) in enumerate(zip(shapes, scales, strict=True))
+        ]
+
+    def loss_of(
+        student: torch.Tensor,
+        student_head: torch.Tensor,
+        teacher: torch.Tensor,
+        teacher_head: torch.Tensor,
+    ) -> torch.Tensor:
+        if way == "plain":
+            return divergence(student @ student_head.T, teacher @ teacher_head.T).mean()
+        tokens = torch.zeros(len(student), dtype=torch.long)
         loss, _ = fused_token_loss(
-            lambda stats: stats.kl.sum() / n,
+            lambda stats: stats.kl.sum() / len(tokens),
             student,
             student_head,
             teacher,
@@ -55,6 +60,14 @@ def measure(way: str, loss_name: str, n: int, vocab: int, width: int) -> dict[st
             tokens,
             divergence=divergence,
         )
+        return loss
+
+    loss_of(*inputs(2, 9)).backward()  # what a process makes once, it makes before the count
+    given = inputs(n, vocab)
+    student, student_head = given[:2]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begin = time.process_time()
+    loss = loss_of(*given)
     loss.backward()
     seconds = time.process_time() - begin
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
