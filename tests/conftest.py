@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -16,6 +17,10 @@ from transformers import (
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
 )
+
+# No test is timed: the first example of one may compile, and machines are busy.
+settings.register_profile("rlkl", deadline=None)
+settings.load_profile("rlkl")
 
 MATHEMATICS = {Path(__file__).parent / "kl", Path(__file__).parent / "rl"}
 

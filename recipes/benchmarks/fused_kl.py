@@ -310,7 +310,7 @@ def ratio(records: list[dict[str, Any]], wanted: Ratio, **settings: Any) -> list
             turn=record["turn"],
             **settings,
         ):
-            if field in record and field in other:
+            if field in record and other.get(field):  # 0 MB over 0 MB says nothing
                 found.append(record[field] / other[field])
     return found
 

@@ -1,10 +1,11 @@
 """Every divergence on the same positions, from hidden states: logits are never stored [N, V].
 
-The plain formulas of `rlkl.kl.divergences` and `rlkl.kl.adaptive` on a chunk of tokens at a time,
-without gradient: for measuring. To train on one of them there is `rlkl.kl.fused_token_loss`.
+Reverse KL, log-probabilities and entropy are the fused kernel's; the others are the plain formulas
+of `rlkl.kl.divergences` and `rlkl.kl.adaptive` on the logits of its chunks, without gradient: for
+measuring. To train on one of them there is `rlkl.kl.fused_token_loss`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,10 +15,18 @@ from torch import Tensor
 from rlkl.kl.adaptive import HeadRule, HeadTailGaps, gaps_of_logp, weighted_kl
 from rlkl.kl.distillation import DIVERGENCES
 from rlkl.kl.divergences import kl_of_logp
-from rlkl.kl.fused import ModuleHead, OutputHead, head_logits
+from rlkl.kl.fused import ModuleHead, OutputHead, fused_token_stats
 
 Head = OutputHead | ModuleHead
 _CHUNK_ELEMENTS = 2_000_000
+# The divergences that follow from forward and reverse KL and the weight of AKL.
+_MADE_OF_KLS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "fkl": lambda forward, reverse, w: forward,
+    "rkl": lambda forward, reverse, w: reverse,
+    "fkl_rkl": lambda forward, reverse, w: (forward + reverse) / 2,
+    "akl": weighted_kl,
+    "akl_r": lambda forward, reverse, w: weighted_kl(forward, reverse, 1 - w),
+}
 
 
 class DivergenceStats(NamedTuple):
@@ -74,41 +83,39 @@ def divergence_stats(
         >>> stats.divergences["rkl"]
         tensor([0.1120, 0.1120])
     """
-    parts: list[list[Tensor]] = []
     vocab_size = _vocabulary(vocabulary_of(student_head), vocabulary_of(teacher_head), vocab_size)
-    heads = _widened(student_head), _widened(teacher_head)
-    for rows in _chunks(len(tokens), vocab_size, chunk_size):
-        student = _logits(heads[0], student_hidden[rows], vocab_size).log_softmax(-1)
-        teacher = _logits(heads[1], teacher_hidden[rows], vocab_size).log_softmax(-1)
-        p, index = student.exp(), tokens[rows, None]
-        entropy = -torch.where(p > 0, p * student, 0.0).sum(1)
+    parts: list[list[Tensor]] = []
+
+    def measure(_: slice, student_logits: Tensor, teacher_logits: Tensor) -> None:
+        student, teacher = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
         gaps = gaps_of_logp(student, teacher, head_mass, head_rule)
-        values = _divergences(names, student, teacher, gaps.forward_weight)
-        token_logp, teacher_logp = student.gather(1, index)[:, 0], teacher.gather(1, index)[:, 0]
-        parts.append([token_logp, teacher_logp, entropy, *gaps, *values])
-    token_logp, teacher_logp, entropy, head, tail, *values = (
-        torch.cat(column) for column in zip(*parts, strict=True)
+        others = [DIVERGENCES[n](student, teacher) for n in names if n not in _MADE_OF_KLS]
+        parts.append([*gaps, kl_of_logp(teacher, student), *others])
+
+    stats = fused_token_stats(
+        student_hidden,
+        student_head,
+        teacher_hidden,
+        teacher_head,
+        tokens,
+        vocab_size=vocab_size,
+        chunk_size=chunk_size or max(1, _CHUNK_ELEMENTS // vocab_size),
+        on_logits=measure,
     )
+    head, tail, forward, *values = (torch.cat(column) for column in zip(*parts, strict=True))
+    gaps, others = HeadTailGaps(head, tail), iter(values)
     return DivergenceStats(
-        divergences=dict(zip(names, values, strict=True)),
-        gaps=HeadTailGaps(head, tail),
-        student_logp=token_logp,
-        teacher_logp=teacher_logp,
-        student_entropy=entropy,
+        divergences={
+            name: made(forward, stats.kl, gaps.forward_weight)
+            if (made := _MADE_OF_KLS.get(name))
+            else next(others)
+            for name in names
+        },
+        gaps=gaps,
+        student_logp=stats.policy_logp,
+        teacher_logp=stats.ref_logp,
+        student_entropy=stats.entropy,
     )
-
-
-def _divergences(names: Sequence[str], student: Tensor, teacher: Tensor, w: Tensor) -> list[Tensor]:
-    """Their values from log-probabilities; those made of the two KLs share them."""
-    forward, reverse = kl_of_logp(teacher, student), kl_of_logp(student, teacher)
-    made = {
-        "fkl": forward,
-        "rkl": reverse,
-        "fkl_rkl": (forward + reverse) / 2,
-        "akl": weighted_kl(forward, reverse, w),
-        "akl_r": weighted_kl(forward, reverse, 1 - w),
-    }
-    return [made[n] if n in made else DIVERGENCES[n](student, teacher) for n in names]
 
 
 def vocabulary_of(head: Head) -> int:
@@ -126,27 +133,3 @@ def _vocabulary(student: int, teacher: int, vocab_size: int | None) -> int:
     if vocab_size is not None and not 0 < vocab_size <= smaller:
         raise ValueError(f"vocab_size={vocab_size}: the smaller head has {smaller} rows")
     return vocab_size or smaller
-
-
-def _chunks(n: int, vocab_size: int, chunk_size: int | None) -> Iterator[slice]:
-    size = chunk_size or max(1, _CHUNK_ELEMENTS // vocab_size)
-    return (slice(start, min(start + size, n)) for start in range(0, n, size))
-
-
-def _widened(head: Head) -> Head:
-    """The head in at least float32, so that logits of 16-bit weights are not rounded."""
-    if isinstance(head, ModuleHead):
-        return head
-    dtype = torch.promote_types(head.weight.dtype, torch.float32)
-    return head._replace(
-        weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype)
-    )
-
-
-def _logits(head: Head, hidden: Tensor, vocab_size: int) -> Tensor:
-    """[n, V] in at least float32, whatever autocast is on."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        if isinstance(head, OutputHead):
-            hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        logits = head_logits(head, hidden)[:, :vocab_size]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -60,7 +60,7 @@ def test_adaptive_kl_is_its_definition_token_by_token(head_mass, rule, flipped):
         assert gaps.tail[i, j].item() == pytest.approx(tail, rel=1e-9, abs=1e-14)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     masses=st.lists(st.integers(1, 40), min_size=2, max_size=8),
     head_mass=st.integers(1, 20),

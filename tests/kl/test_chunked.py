@@ -86,7 +86,9 @@ def test_heads_in_bfloat16_give_float32_logits_and_any_module_is_a_head():
     given = inputs()
     arguments = positional(given)
     half = [
-        x._replace(weight=x.weight.bfloat16(), bias=None) if isinstance(x, OutputHead) else x
+        x._replace(weight=x.weight.bfloat16(), bias=None)
+        if isinstance(x, OutputHead)
+        else x.to(torch.float32 if x.is_floating_point() else x.dtype)
         for x in arguments
     ]
     stats = divergence_stats(*half)

@@ -37,6 +37,11 @@ def students(recipe) -> ModuleType:
     return sys.modules["distill_students"]
 
 
+@pytest.fixture
+def findings(recipe) -> ModuleType:
+    return sys.modules["distill_report"]
+
+
 def arguments(folder: Path, **changes: Any) -> list[str]:
     options = {
         "losses": "akl fkl",
@@ -119,28 +124,28 @@ def runs_of(values: list[float], sums: Tensor) -> dict[int, dict[str, Any]]:
     }
 
 
-def test_the_interval_over_seeds_is_that_of_paired_differences(recipe):
+def test_the_interval_over_seeds_is_that_of_paired_differences(findings):
     sums = torch.stack([torch.randn(3, 20), torch.ones(3, 20)], -1)
-    found = recipe.difference(runs_of([3.0, 4.0, 5.0], sums), runs_of([2.0, 2.0, 2.0], sums), "x")
+    found = findings.difference(runs_of([3.0, 4.0, 5.0], sums), runs_of([2.0, 2.0, 2.0], sums), "x")
     assert found["mean"] == 2
     half = 4.302653 / math.sqrt(3)  # t(0.975; 2), s = 1
     assert found["ci95_seeds"] == pytest.approx(half, rel=1e-5)
     assert found["ci95_prompts"] == 0  # the same text at the same distance
 
 
-def test_the_interval_over_prompts_is_students_where_all_have_as_many_tokens(recipe):
+def test_the_interval_over_prompts_is_students_where_all_have_as_many_tokens(findings):
     generator = torch.Generator().manual_seed(0)
     ours, theirs = torch.randn(2, 2, 30, generator=generator)  # [seeds, prompts] each
     differences = (ours - theirs).mean(0) / 4
     interval = ttest_1samp(differences.numpy(), 0.0).confidence_interval(0.95)
     tokens = torch.full((2, 30), 4.0)
-    half = recipe.interval_over_prompts(
+    half = findings.interval_over_prompts(
         torch.stack([ours, tokens], -1), torch.stack([theirs, tokens], -1)
     )
     assert half == pytest.approx((interval.high - interval.low) / 2, rel=1e-5)
 
 
-def test_the_interval_over_prompts_covers_the_difference_where_lengths_vary(recipe):
+def test_the_interval_over_prompts_covers_the_difference_where_lengths_vary(findings):
     """Ratios of sums: 200 sets of 40 prompts with lengths that go with the values."""
     generator = torch.Generator().manual_seed(1)
     covered = 0
@@ -151,34 +156,34 @@ def test_the_interval_over_prompts_covers_the_difference_where_lengths_vary(reci
         noise = torch.randn(2, 1, 40, generator=generator)
         sums = torch.tensor([2.0, 1.0])[:, None, None] * own.square() + noise
         ratios = sums.sum(-1) / own.sum(-1)
-        half = recipe.interval_over_prompts(*torch.stack([sums, own], -1))
+        half = findings.interval_over_prompts(*torch.stack([sums, own], -1))
         covered += abs(float(ratios[0, 0] - ratios[1, 0]) - truth) <= half
     # Binomial(200, 0.95): four standard errors are 12; a ratio's interval is a little short.
     assert 176 <= covered <= 199
 
 
-def test_verdicts_need_both_intervals_and_more_than_one_seed(recipe):
-    assert recipe.verdict(-1.0, 0.5, 0.5) == "AKL better"
-    assert recipe.verdict(1.0, 0.5, 0.5) == "AKL worse"
-    assert recipe.verdict(-1.0, 0.5, 1.5) == recipe.verdict(1.0, 1.5, 0.5) == "not told apart"
-    assert recipe.verdict(-1.0, None, 0.5) == "one seed says nothing of others"
+def test_verdicts_need_both_intervals_and_more_than_one_seed(findings):
+    assert findings.verdict(-1.0, 0.5, 0.5) == "AKL better"
+    assert findings.verdict(1.0, 0.5, 0.5) == "AKL worse"
+    assert findings.verdict(-1.0, 0.5, 1.5) == findings.verdict(1.0, 1.5, 0.5) == "not told apart"
+    assert findings.verdict(-1.0, None, 0.5) == "one seed says nothing of others"
 
 
-def test_one_seed_has_no_errors_and_its_summary_is_json(recipe, tmp_path):
+def test_one_seed_has_no_errors_and_its_summary_is_json(findings, tmp_path):
     records = [
         {
             "loss": loss,
             "seed": 0,
             "seconds": 2.0,
             "cpu_seconds": 1.0,
-            "metrics": dict.fromkeys(recipe.COLUMNS, 0.5),
-            "per_prompt": {key: [[1.0, 2.0], [2.0, 4.0]] for key in recipe.DIVERGENCE_COLUMNS},
+            "metrics": dict.fromkeys(findings.COLUMNS, 0.5),
+            "per_prompt": {key: [[1.0, 2.0], [2.0, 4.0]] for key in findings.DIVERGENCE_COLUMNS},
             "course": [{"step": 0, "fkl": 1.0, "rkl": 1.0}],
         }
         for loss in ("akl", "fkl")
     ]
     console = Console(record=True, width=200)
-    recipe.report(tmp_path, records, console)
+    findings.report(tmp_path, records, console)
     assert "one seed" in console.export_text()
 
     def refuse(name: str) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -106,7 +106,6 @@ def test_whitening_does_not_read_padding(mask):
     assert torch.equal(clean, nan)
 
 
-@settings(deadline=None)
 @given(value=st.floats(-100, 100), count=st.integers(2, 40))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_constant_has_no_scale_and_becomes_zero(dtype, value, count):

@@ -20,14 +20,14 @@ def dominates(a, b) -> bool:
 
 
 @given(point_sets)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_front_is_the_points_that_no_other_dominates(points):
     by_definition = [not any(dominates(b, a) for b in points) for a in points]
     assert pareto_front(points).tolist() == by_definition
 
 
 @given(point_sets)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_hypervolume_is_the_count_of_unit_squares_below_the_points(points):
     """On whole numbers: square (i, j) of KL [i, i+1] and reward [j, j+1] is covered if a point has
     KL ≤ i and reward ≥ j + 1.
@@ -57,7 +57,7 @@ def test_what_is_no_point_is_refused(bad):
     st.integers(2, 3),
     st.sampled_from([1 / 3, 0.5, 1.0]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_surface_bounds_what_so_many_of_the_sets_attain(points, count, share):
     sets = np.arange(len(points)) % count
     surface = attainment_surface(points, sets, share)

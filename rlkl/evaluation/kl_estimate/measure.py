@@ -1,8 +1,9 @@
 """What policy and reference say about a batch of responses: every token-level estimate, and where
 the KL comes from.
 
-Both distributions exist for one chunk of tokens at a time, in float32 (float64 for float64
-weights), and are reduced there: to numbers per token, and to sums over the vocabulary.
+Both distributions exist for one chunk of tokens at a time, in the fused kernel, in float32 (float64
+for float64 weights). It reduces them to log-probabilities and the exact KL per token; what else is
+asked of them is read off its logits: estimators of whole distributions, sums over the vocabulary.
 """
 
 import heapq
@@ -16,17 +17,21 @@ from torch import Tensor
 from rlkl.kl import (
     ESTIMATORS,
     ModuleHead,
-    OutputHead,
     RaoBlackwellEstimator,
     SampledEstimator,
-    head_logits,
+    fused_token_stats,
     reverse_kl_terms,
 )
-from rlkl.models import ModelPair, at_least_float32, output_head, response_hidden
+from rlkl.models import ModelPair, output_head, response_hidden
 from rlkl.rollout import Responses, scatter_tokens
 
 _CHUNK_ELEMENTS = 4_000_000
 """Logits of one model in memory at once."""
+_OF_DISTRIBUTIONS = {
+    name: estimator
+    for name, estimator in ESTIMATORS.items()
+    if not isinstance(estimator, SampledEstimator | RaoBlackwellEstimator)
+}
 
 
 @dataclass(frozen=True)
@@ -112,12 +117,6 @@ def _column_sums(rows: Tensor) -> Tensor:
     return rows.sum(0).double().cpu()
 
 
-def _next_token_logp(hidden: Tensor, head: OutputHead | ModuleHead, temperature: float) -> Tensor:
-    logits = head_logits(head, hidden)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return (logits / temperature).log_softmax(-1)
-
-
 @torch.no_grad()
 def measure(
     pair: ModelPair,
@@ -139,43 +138,48 @@ def measure(
     for side in (pair.policy, pair.ref):
         with side.active() as model:
             hidden.append(response_hidden(model, ids, attention, length)[mask])
-            heads.append(at_least_float32(output_head(model)))
+            heads.append(output_head(model))
     if pair.policy.model is pair.ref.model and any(isinstance(h, ModuleHead) for h in heads):
         raise ValueError(
             "the head's logits depend on which adapter is on, and both are needed at once: load "
             "the reference as a model of its own"
         )
     tokens = responses.tokens[mask]
-    rows = max(1, _CHUNK_ELEMENTS // len(pair.tokenizer))
-    names = ["policy_logp", "ref_logp", *ESTIMATORS]
-    parts: dict[str, list[Tensor]] = {name: [] for name in names}
-    for chunk in torch.arange(len(tokens), device=tokens.device).split(rows):
-        y = tokens[chunk]
-        policy_logp, ref_logp = (
-            _next_token_logp(states[chunk], head, temperature)
-            for states, head in zip(hidden, heads, strict=True)
-        )
-        token_logp = [
-            x.gather(-1, y[:, None]).squeeze(-1).double() for x in (policy_logp, ref_logp)
-        ]
-        terms = reverse_kl_terms(policy_logp, ref_logp)
-        k = {"policy_logp": token_logp[0], "ref_logp": token_logp[1]}
-        for name, estimator in ESTIMATORS.items():
-            if isinstance(estimator, SampledEstimator):
-                k[name] = estimator.from_token_logp(*token_logp)
-            elif isinstance(estimator, RaoBlackwellEstimator):
-                k[name] = terms.sum(-1).double()
-            else:
-                real = torch.ones_like(y, dtype=torch.bool)[None]
-                k[name] = estimator(policy_logp[None], ref_logp[None], y[None], real)[0].double()
-        for name in names:
-            parts[name].append(k[name])
+    parts: dict[str, list[Tensor]] = {name: [] for name in _OF_DISTRIBUTIONS}
+
+    def read(rows: slice, *logits: Tensor) -> None:
+        policy_logp, ref_logp = (x.log_softmax(-1) for x in logits)
+        real = torch.ones_like(tokens[rows], dtype=torch.bool)[None]
+        for name, estimator in _OF_DISTRIBUTIONS.items():
+            k = estimator(policy_logp[None], ref_logp[None], tokens[None, rows], real)
+            parts[name].append(k[0])
         if vocabulary is not None:
+            terms = reverse_kl_terms(policy_logp, ref_logp)
             vocabulary.add(terms, policy_logp, ref_logp)
             vocabulary.offer_contexts(
-                k["rb"], policy_logp, ref_logp, lambda i, c=chunk: _prefix(pair, responses, c[i])
+                terms.sum(-1).double(),
+                policy_logp,
+                ref_logp,
+                lambda i: _prefix(pair, responses, rows.start + i),
             )
-    whole = {name: scatter_tokens(torch.cat(parts[name]), mask).cpu() for name in names}
+
+    stats = fused_token_stats(
+        hidden[0],
+        heads[0],
+        hidden[1],
+        heads[1],
+        tokens,
+        temperature=temperature,
+        chunk_size=max(1, _CHUNK_ELEMENTS // len(pair.tokenizer)),
+        on_logits=read,
+    )
+    k = {name: torch.cat(values) for name, values in parts.items()}
+    k |= {"policy_logp": stats.policy_logp, "ref_logp": stats.ref_logp, "rb": stats.kl}
+    k = {name: x.double() for name, x in k.items()}
+    for name, estimator in ESTIMATORS.items():
+        if isinstance(estimator, SampledEstimator):
+            k[name] = estimator.from_token_logp(k["policy_logp"], k["ref_logp"])
+    whole = {name: scatter_tokens(x, mask).cpu() for name, x in k.items()}
     return Measured(
         k={name: whole[name] for name in ESTIMATORS},
         policy_logp=whole["policy_logp"],
@@ -184,9 +188,9 @@ def measure(
     )
 
 
-def _prefix(pair: ModelPair, responses: Responses, token: Tensor, words: int = 24) -> str:
+def _prefix(pair: ModelPair, responses: Responses, token: int, words: int = 24) -> str:
     """The end of the text before the `token`-th real token of a batch."""
-    row, position = responses.mask.nonzero()[int(token)].tolist()
+    row, position = responses.mask.nonzero()[token].tolist()
     prompt = responses.prompt_ids[row][responses.prompt_mask[row]]
     ids = torch.cat([prompt, responses.tokens[row, :position]])[-words:]
     return str(pair.tokenizer.decode(ids.tolist(), skip_special_tokens=True))

@@ -12,6 +12,9 @@ from rlkl.kl.fused.problem import Problem
 from rlkl.kl.fused.torch_rows import log_of
 from rlkl.kl.fused.workers import Workers
 
+OnLogits = Callable[[slice, Tensor, Tensor], None]
+"""Called with rows, and the logits [n, V] of policy and reference there."""
+
 # Above this t, p may have underflowed where the reference still has mass.
 MAX_T = 60.0
 # Stands for probabilities that underflow where they must carry a gradient.
@@ -24,11 +27,13 @@ def sweep(
     problem: Problem,
     upstream: Callable[[slice, tuple[Tensor, ...]], dict[str, Tensor]] | None = None,
     gradients: Gradients | None = None,
+    on_logits: OnLogits | None = None,
 ) -> tuple[Tensor, ...]:
     """The statistics [N] of all tokens, chunk by chunk.
 
     `upstream(rows, statistics)` is called on each chunk and returns the gradient of some loss
-    per statistic; `gradients` adds up what follows from it.
+    per statistic; `gradients` adds up what follows from it. `on_logits` sees a chunk's logits of
+    policy and reference before they are overwritten.
     """
     n, dtype, device = len(problem.tokens), problem.policy.dtype, problem.tokens.device
     stats = tuple(torch.empty(n, dtype=dtype, device=device) for _ in problem.record._fields)
@@ -41,7 +46,10 @@ def sweep(
         for start in range(0, n, problem.chunk_size):
             rows = slice(start, min(start + problem.chunk_size, n))
             part = tuple(out[rows] for out in stats)
-            chunk.read(start, part)
+            chunk.multiply(start, len(part[0]))
+            if on_logits is not None:
+                on_logits(rows, chunk.rows.p, chunk.rows.t)
+            chunk.read(part)
             given = {} if upstream is None else upstream(rows, part)
             if gradients is not None and given:
                 gradients.add(rows, chunk.logit_gradient(part, given), workers)
@@ -59,16 +67,20 @@ class Chunk(Buffers):
         super().__init__(problem, workers, size, vocab, differentiate=differentiate)
         self.start = 0
 
-    def read(self, start: int, out: tuple[Tensor, ...]) -> None:
-        """Multiply the logits of these tokens, reduce them to statistics, leave p and t."""
-        problem, n = self.problem, len(out[0])
+    def multiply(self, start: int, n: int) -> None:
+        """The logits of these tokens, in the places of p and t."""
+        problem = self.problem
         rows, self.start = slice(start, start + n), start
         here = self.fit(n, problem.policy.vocab)
         here.tokens.copy_(problem.tokens[rows, None])
         self._multiply(problem.policy, rows, here.p, here.slope if here.slope.numel() else None)
-        token_logit = here.p.gather(1, here.tokens)
         if problem.ref is not None:
             self._multiply(problem.ref, rows, here.t)
+
+    def read(self, out: tuple[Tensor, ...]) -> None:
+        """Reduce the logits at hand to statistics; leave p and t."""
+        problem, here = self.problem, self.rows
+        token_logit = here.p.gather(1, here.tokens)
         self.reduce()
         for index in _where(here.a_sum.isnan()):  # −inf logits: 0 · log 0 = 0
             p = here.p[index]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rlkl.kl.distillation import Divergence
-from rlkl.kl.fused.engine import sweep
+from rlkl.kl.fused.engine import OnLogits, sweep
 from rlkl.kl.fused.generators import TopK, row_divergence
 from rlkl.kl.fused.heads import ModuleHead, OutputHead, as_head, inputs_of
 from rlkl.kl.fused.problem import Problem
@@ -30,6 +30,7 @@ def fused_token_stats(
     vocab_size: int | None = None,
     chunk_size: int | None = None,
     whole_rows: bool = False,
+    on_logits: OnLogits | None = None,
     gemm_dtype: torch.dtype | None = None,
 ) -> TokenStats:
     """Log-probabilities, exact D_KL(policy ‖ ref) and entropy per token, for any later use.
@@ -59,6 +60,9 @@ def fused_token_stats(
             log-probabilities are then these to the last bit (PPO's ratios start at exactly 1), and
             so is its KL with this log q(y) as `ref_logp`. Default: tiles of the vocabulary, which
             are faster and smaller, on a CPU, for heads that are matrices, if `divergence` is "rkl".
+        on_logits: for what else is asked of the distributions: called without gradient on every
+            chunk with its slice of the tokens and the logits `[n, V]` of policy and reference,
+            divided by the temperature, which are overwritten afterwards. Implies `whole_rows`.
         gemm_dtype: torch.bfloat16 rounds the factors of every matrix product to bfloat16 where the
             CPU multiplies that faster; sums and logits stay float32. Models whose weights differ by
             less than bfloat16's 3 digits then look alike. Default: no rounding.
@@ -91,7 +95,7 @@ def fused_token_stats(
         chunk_size=chunk_size,
         gemm_dtype=gemm_dtype,
     )
-    return TokenStats(*_Statistics.apply(problem, whole_rows, *inputs_of(*policy)))
+    return TokenStats(*_Statistics.apply(problem, whole_rows, on_logits, *inputs_of(*policy)))
 
 
 def fused_divergence(
@@ -172,7 +176,7 @@ def fused_token_logp(
         chunk_size=chunk_size,
         gemm_dtype=gemm_dtype,
     )
-    return TokenLogp(*_Statistics.apply(problem, whole_rows, *inputs_of(*policy)))
+    return TokenLogp(*_Statistics.apply(problem, whole_rows, None, *inputs_of(*policy)))
 
 
 def fused_token_loss(
@@ -313,12 +317,12 @@ class _Statistics(torch.autograd.Function):
     """Statistics now; gradients for whatever upstream arrives, by a second sweep."""
 
     @staticmethod
-    def forward(ctx, problem, whole_rows, *inputs):
+    def forward(ctx, problem, whole_rows, on_logits, *inputs):
         ctx.set_materialize_grads(False)
         ctx.problem = problem
         ctx.save_for_backward(*inputs)
-        tiled = not whole_rows and can_tile(problem)
-        stats = tile_statistics(problem) if tiled else sweep(problem)
+        tiled = not whole_rows and on_logits is None and can_tile(problem)
+        stats = tile_statistics(problem) if tiled else sweep(problem, on_logits=on_logits)
         if problem.ref is not None:
             ctx.mark_non_differentiable(stats[TokenStats._fields.index("ref_logp")])
         return stats
@@ -332,9 +336,9 @@ class _Statistics(torch.autograd.Function):
             for name, gradient in zip(problem.record._fields, upstream, strict=True)
             if gradient is not None
         }
-        gradients = problem.policy.gradients(inputs, ctx.needs_input_grad[2:])
+        gradients = problem.policy.gradients(inputs, ctx.needs_input_grad[3:])
         sweep(problem, lambda rows, _: {k: g[rows] for k, g in given.items()}, gradients)
-        return None, None, *gradients.in_dtype_of(inputs)
+        return None, None, None, *gradients.in_dtype_of(inputs)
 
 
 class _Loss(torch.autograd.Function):

@@ -15,9 +15,9 @@ from rlkl.kl.fused.generators import RowDivergence
 from rlkl.kl.fused.heads import ModuleHead, OutputHead, Product, check_head, inputs_of, product_of
 from rlkl.kl.fused.records import TokenLogp, TokenStats
 
-# A chunk holds about this many logits of each model (52 MB in float32), within these rows. Fewer
+# A chunk holds about this many logits of each model (50 MB in float32), within these rows. Fewer
 # rows make the products slower: each chunk reads the whole head and adds to its whole gradient.
-_CHUNK_ELEMENTS = 13_000_000
+_CHUNK_ELEMENTS = 12_600_000
 _CHUNK_ROWS = (240, 512)
 # From this vocabulary on threads take whole shares: see `large`. (Below torch's grain of 32,768 a
 # row is summed by one thread: its bits do not depend on how rows are divided.)
@@ -26,8 +26,7 @@ _LARGE_VOCAB = 16_384
 
 def default_chunk_size(vocab: int, n: int) -> int:
     """Tokens of a chunk, for a vocabulary of this size, so that n > 0 of them fill the last too."""
-    rows = _CHUNK_ELEMENTS // vocab // 16 * 16
-    rows = min(max(rows, _CHUNK_ROWS[0]), _CHUNK_ROWS[1])
+    rows = min(max(_CHUNK_ELEMENTS // vocab, _CHUNK_ROWS[0]), _CHUNK_ROWS[1])
     return math.ceil(n / math.ceil(n / rows))
 
 

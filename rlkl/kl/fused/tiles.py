@@ -25,7 +25,7 @@ from rlkl.kl.fused.buffers import Buffers
 from rlkl.kl.fused.engine import MAX_T, sweep
 from rlkl.kl.fused.heads import gemm_precision
 from rlkl.kl.fused.problem import Problem
-from rlkl.kl.fused.workers import Workers
+from rlkl.kl.fused.workers import Shared, Workers
 
 # A tile has at most so many rows, and all workers' tiles about so many logits of each model (16 MB
 # in float32), but none fewer than these.
@@ -105,11 +105,7 @@ def tile_statistics(problem: Problem) -> tuple[Tensor, ...]:
         tiles = workers.run(lambda _: Tile(problem, size, width))
         for start in range(0, n, size):
             rows = slice(start, min(start + size, n))
-
-            def share(worker: int, rows: slice = rows) -> Part | None:
-                return tiles[worker].read(rows, workers.share(worker, vocab))
-
-            parts = [part for part in workers.run(share) if part is not None]
+            parts = _read(tiles, rows, range(0, vocab, width), workers)
             for target, value in zip(out, _values(parts, problem), strict=True):
                 target[rows] = value[:, 0]
     # −inf and underflow: the rare rows that only whole rows can settle.
@@ -121,10 +117,10 @@ def tile_statistics(problem: Problem) -> tuple[Tensor, ...]:
 
 
 class Part(NamedTuple):
-    """What a worker knows of some rows from its part of the vocabulary; float64."""
+    """What a tile knows of some rows; float64."""
 
     sums: Sums
-    token_logit: Tensor  # [n, 1]; 0 where the token is in another part
+    token_logit: Tensor  # [n, 1]; 0 where the token is in another tile
     ref_logit: Tensor  # as well
 
 
@@ -134,28 +130,38 @@ class Tile(Buffers):
     def __init__(self, problem: Problem, size: int, width: int):
         super().__init__(problem, Workers(1), size, width, differentiate=False)
 
-    def read(self, rows: slice, columns: slice) -> Part | None:
-        """Walk over some columns of these rows; None if there are none."""
+    def read(self, rows: slice, columns: slice) -> Part:
+        """Multiply some columns of these rows, and sum."""
         problem, tokens = self.problem, self.problem.tokens[rows, None]
-        width, total = self.buffers.p.shape[1], None
+        tile = self.fit(len(tokens), columns.stop - columns.start)
+        problem.policy.logits(rows, tile.p, columns=columns)
+        inside = ((tokens >= columns.start) & (tokens < columns.stop)).nonzero()[:, 0]
+        at = inside, tokens[inside, 0] - columns.start
         token_logit, ref_logit = torch.zeros(2, len(tokens), 1, dtype=torch.float64)
-        for first in range(columns.start, columns.stop, width):
-            part = slice(first, min(first + width, columns.stop))
-            tile = self.fit(len(tokens), part.stop - first)
-            problem.policy.logits(rows, tile.p, columns=part)
-            inside = ((tokens >= first) & (tokens < part.stop)).nonzero()[:, 0]
-            at = inside, tokens[inside, 0] - first
-            token_logit[inside, 0] = tile.p[at].double()
-            if problem.ref is not None:
-                problem.ref.logits(rows, tile.t, columns=part)
-                ref_logit[inside, 0] = tile.t[at].double()
-            self.reduce()
-            sums = Sums(
-                *(getattr(tile, name).to(torch.float64, copy=True) for name in Sums._fields)
-            )
-            sums = sums._replace(t_max=sums.t_max + sums.t_mean)
-            total = sums if total is None else total.join(sums)
-        return None if total is None else Part(total, token_logit, ref_logit)
+        token_logit[inside, 0] = tile.p[at].double()
+        if problem.ref is not None:
+            problem.ref.logits(rows, tile.t, columns=columns)
+            ref_logit[inside, 0] = tile.t[at].double()
+        self.reduce()
+        sums = Sums(*(getattr(tile, name).to(torch.float64, copy=True) for name in Sums._fields))
+        return Part(sums._replace(t_max=sums.t_max + sums.t_mean), token_logit, ref_logit)
+
+
+def _read(tiles: list[Tile], rows: slice, columns: range, workers: Workers) -> list[Part]:
+    """What each tile of the vocabulary knows of these rows.
+
+    In the order of the vocabulary, whoever read them: a call gives the same bits each time.
+    """
+    todo, found = Shared(columns), dict[int, Part]()
+
+    def take(worker: int) -> None:
+        tile = tiles[worker]
+        for first in todo:
+            stop = min(first + columns.step, tile.problem.policy.vocab)
+            found[first] = tile.read(rows, slice(first, stop))
+
+    workers.run(take)
+    return [found[first] for first in columns]
 
 
 def _values(parts: list[Part], problem: Problem) -> Iterator[Tensor]:

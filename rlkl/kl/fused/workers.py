@@ -76,16 +76,16 @@ class Workers:
         return slice(n * worker // self.count, n * (worker + 1) // self.count)
 
     def pieces(self, n: int) -> Iterator[slice]:
-        """Parts of a product's n columns, for all workers to take from until none is left.
-
-        A thread that something else slows down then leaves more to the others.
-        """
+        """Parts of a product's n columns, for all workers to take from until none is left."""
         count = self.parts * _PIECES if self.parts > 1 else 1
-        return _Shared(slice(n * i // count, n * (i + 1) // count) for i in range(count))
+        return Shared(slice(n * i // count, n * (i + 1) // count) for i in range(count))
 
 
-class _Shared(Iterator[T]):
-    """An iterator for several threads: each item goes to one of them."""
+class Shared(Iterator[T]):
+    """An iterator for several threads: each item goes to one of them.
+
+    A thread that something else slows down then leaves more to the others.
+    """
 
     def __init__(self, items: Iterable[T]):
         self.items, self.lock = iter(items), threading.Lock()

@@ -15,6 +15,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heads, "_VOCAB_SLICE", 32)
     monkeypatch.setattr(tiles, "_TILE_ROWS", 10)
     monkeypatch.setattr(tiles, "_TILE_ELEMENTS", 400)
+    monkeypatch.setattr(tiles, "_SMALLEST_TILE", 300)
 
 
 @pytest.fixture(params=["threads1", "threads2", "workers2"])

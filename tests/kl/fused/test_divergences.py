@@ -134,7 +134,7 @@ def test_a_head_of_many_tokens_is_found_whole(monkeypatch):
 
 
 @pytest.mark.usefixtures("small_tiles")
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     n=st.integers(1, 20),
     vocab=st.integers(1, 60),

@@ -1,5 +1,9 @@
 """The fused statistics against float64 log-softmax and autograd: outputs, dtypes, shapes."""
 
+import random
+import time
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +16,7 @@ from rlkl.kl import (
     fused_token_loss,
     fused_token_stats,
 )
+from rlkl.kl.fused import tiles
 from tests.kl.fused.cases import (
     STATISTICS,
     TOLERANCE,
@@ -64,6 +69,42 @@ def test_each_statistic_alone_has_its_gradient(statistic):
     assert_close(gradients((w * getattr(stats, statistic)).sum(), leaves), expected, 1e-11, 1e-11)
 
 
+@pytest.mark.usefixtures("small_tiles")
+def test_tiles_give_the_same_bits_whichever_thread_reads_them(threads, monkeypatch):
+    case, read = make(), tiles.Tile.read
+
+    def at_times_slow(*args: Any) -> tiles.Part:
+        time.sleep(random.choice([0, 0.001]))
+        return read(*args)
+
+    first = fused_token_stats(*case.positional, **case.bias)
+    monkeypatch.setattr(tiles.Tile, "read", at_times_slow)
+    for _ in range(5):
+        again = fused_token_stats(*case.positional, **case.bias)
+        assert all(torch.equal(x, y) for x, y in zip(again, first, strict=True))
+
+
+def test_on_logits_sees_each_row_once_and_changes_no_bit(threads):
+    case, seen = make(), []
+    policy, leaves = case.leaves()
+
+    def keep(rows: slice, *logits: torch.Tensor) -> None:
+        assert not torch.is_grad_enabled()
+        seen.append((rows, *(x.clone() for x in logits)))
+
+    options = policy.bias | {"temperature": 0.7, "chunk_size": 8}
+    expected = fused_token_stats(*policy.positional, **options, whole_rows=True)
+    got = fused_token_stats(*policy.positional, **options, on_logits=keep)
+    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+    gradients(combine(got, *weights(29)), leaves)  # multiplies the logits again, and shows none
+    assert [rows for rows, *_ in seen] == [slice(i, min(i + 8, 29)) for i in range(0, 29, 8)]
+    for model, found in zip(
+        ("policy", "ref"), zip(*(x for _, *x in seen), strict=True), strict=True
+    ):
+        hidden, head, bias = (getattr(case, f"{model}_{x}") for x in ("hidden", "head", "bias"))
+        torch.testing.assert_close(torch.cat(found), (hidden @ head.T + bias) / 0.7)
+
+
 def test_without_a_reference_the_policy_part_is_the_same():
     case, w = make(), weights(29)
     policy, leaves = case.leaves()
@@ -103,7 +144,7 @@ def test_gradcheck_against_finite_differences():
 
 
 @pytest.mark.usefixtures("small_tiles")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     n=st.integers(1, 40),
     vocab=st.integers(1, 70),
