@@ -23,11 +23,15 @@ from rlkl.rollout.divergence import (
     summarise_divergences,
 )
 from rlkl.rollout.given import given_responses
+from rlkl.rollout.randomness import generator_of
 from rlkl.rollout.records import scatter_tokens
 from rlkl.trainers.distill_config import DistillConfig
 from rlkl.trainers.step import StepClock
 from rlkl.trainers.text_trainer import TextTrainer
 from rlkl.trainers.tracking import wandb_run
+
+# What a generator is for: its place, beside the batch.
+_TRAINING, _EVALUATION = 0, 1
 
 
 class DistillTrainer(TextTrainer):
@@ -260,10 +264,9 @@ class DistillTrainer(TextTrainer):
     def _generator(self) -> torch.Generator:
         """Randomness of this batch alone, so that a resumed run draws what it would have drawn."""
         accumulated = self.args.gradient_accumulation_steps
-        seed = (self.args.seed << 34) + self.state.global_step * accumulated
-        seed += self._calls % accumulated
+        batch = self.state.global_step * accumulated + self._calls % accumulated
         self._calls += 1
-        return torch.Generator(device=self.args.device).manual_seed(2 * seed)
+        return generator_of(self.args.device, self.args.seed, batch, _TRAINING)
 
     # ---- what surrounds a step -------------------------------------------------------------------
 
@@ -290,8 +293,7 @@ class DistillTrainer(TextTrainer):
         inputs = {name: list(data[name]) for name in data.column_names}
         sets = {"": self.given(inputs)}
         if self.args.eval_on_policy:
-            generator = torch.Generator(device=self.args.device)
-            generator.manual_seed(2 * (self.args.seed << 34) + 1)  # no step's: those are even
+            generator = generator_of(self.args.device, self.args.seed, 0, _EVALUATION)
             sets["own/"] = self.sample(self.model, prompts_of(inputs, self.tokenizer), generator)
         metrics = {}
         for name, responses in sets.items():

@@ -50,6 +50,7 @@ from rlkl.rollout import (
     token_statistics,
 )
 from rlkl.rollout.collect import SumOfRewards
+from rlkl.rollout.randomness import generator_of
 from rlkl.rollout.summary import summarise, token_kl
 from rlkl.trainers.config import PPOConfig
 from rlkl.trainers.policy_loss import PolicyLoss
@@ -382,10 +383,12 @@ class PPOTrainer(TextTrainer):
             self.accelerator.clip_grad_norm_(self.critic.parameters(), self.args.max_grad_norm)
 
     def _generator(self, purpose: str) -> torch.Generator:
-        """Randomness of this step alone, so that a resumed run draws what it would have drawn."""
-        offset = {"sampling": 0, "minibatches": 1}[purpose]
-        seed = (self.args.seed << 34) + (self.state.global_step << 2) + offset
-        return torch.Generator(device=self.args.device).manual_seed(seed)
+        """Randomness of this step alone, so that a resumed run draws what it would have drawn;
+        that of evaluations is the same at every step.
+        """
+        number = ["sampling", "minibatches", "evaluation"].index(purpose)
+        step = 0 if purpose == "evaluation" else self.state.global_step
+        return generator_of(self.args.device, self.args.seed, step, number)
 
     # ---- what surrounds a step -------------------------------------------------------------------
 
@@ -420,10 +423,8 @@ class PPOTrainer(TextTrainer):
         data = cast(Dataset, self.eval_dataset if eval_dataset is None else eval_dataset)
         check_prompts(data, at_least=1)
         self.model.eval()
-        seed = (self.args.seed << 34) + 2  # no step's: their last two bits are 0 or 1
-        generator = torch.Generator(device=self.args.device).manual_seed(seed)
         clock = StepClock()
-        responses = self.sample(list(data["prompt"]), generator, clock)
+        responses = self.sample(list(data["prompt"]), self._generator("evaluation"), clock)
         summary = summarise(self.measure(responses, clock))
         return self.report_evaluation(
             {f"{metric_key_prefix}_{name}": value for name, value in summary.items()}

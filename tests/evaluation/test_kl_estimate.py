@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from itertools import product
 
 import pytest
 import torch
@@ -28,6 +29,37 @@ def estimation(policy, ref, tokenizer, limit: int, **settings) -> KLEstimation:
         pair, PROMPTS, limit=limit, max_new_tokens=T, temperature=1.0, seed=0, batch_size=64
     )
     return KLEstimation(pair, source, Settings(**settings))
+
+
+# --- the draws ----------------------------------------------------------------------------------
+
+
+def test_every_seed_draws_other_responses(policy, ref, colours):
+    pair = ModelPair.of(policy, ref, colours)
+
+    def drawn(seed: int) -> str:
+        source = SampledResponses(
+            pair, ["red"], limit=64, max_new_tokens=T, temperature=1.0, seed=seed, batch_size=64
+        )
+        return str([draws.responses.tokens.tolist() for draws in source.batches()])
+
+    assert drawn(3) == drawn(3)
+    assert len({drawn(seed) for seed in range(0, 1024, 16)}) == 64
+
+
+def test_a_prompt_that_the_list_repeats_is_one_prompt(policy, ref, colours):
+    pair = ModelPair.of(policy, ref, colours)
+    source = SampledResponses(
+        pair, ["red", "green"] * 5, limit=20, max_new_tokens=T, temperature=1.0, seed=0,
+        batch_size=8,
+    )  # fmt: skip
+    seen: dict[str, list[tuple[int, int]]] = {"red": [], "green": []}
+    for draws in source.batches():
+        pairs = zip(draws.prompt.tolist(), draws.repetition.tolist(), strict=True)
+        for prompt, place in zip(draws.responses.prompts, pairs, strict=True):
+            seen[prompt].append(place)
+    assert source.num_prompts == 2
+    assert sorted(seen.values()) == [[(number, i) for i in range(10)] for number in range(2)]
 
 
 # --- the value ----------------------------------------------------------------------------------
@@ -256,7 +288,8 @@ def test_the_estimand_is_named(policy, ref, colours):
 def test_intervals_on_heavy_weights_have_as_few_degrees_of_freedom_as_weights_that_count(
     policy, ref, colours
 ):
-    report = estimate_kl(policy, ref, colours, PROMPTS * 40, num_samples=80, max_new_tokens=T)
+    prompts = [" ".join(words) for words in product(["red", "green", "blue"], repeat=4)]
+    report = estimate_kl(policy, ref, colours, prompts, num_samples=80, max_new_tokens=T)
     assert report.ess_ref < 79
     for name, freedom in (("rb", 79), ("k1", 79), ("cv", report.ess_ref - 1)):
         estimate = report.estimators[name]

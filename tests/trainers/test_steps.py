@@ -316,6 +316,19 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(make_trainer):
     assert not torch.equal(weights[0], weights[2])
 
 
+def test_seeds_differ_by_what_is_sampled_and_not_by_the_order_of_prompts_alone(make_trainer):
+    equal, seen = Dataset.from_dict({"prompt": ["the film is"] * 16}), []
+
+    def reward(prompts: list[str], responses: list[str]) -> torch.Tensor:
+        seen.append(tuple(responses))
+        return torch.zeros(len(responses))
+
+    for seed in (0, 1, 2**31):
+        trainer = make_trainer(seed=seed, train_dataset=equal, reward_funcs=reward, max_steps=2)
+        trainer.train()
+    assert len(seen) == len(set(seen)) == 6  # two steps of three seeds
+
+
 def test_averaging_adds_standard_errors_in_squares():
     merged = average_steps(
         [{"x": 1.0, "x_se": 3.0, "episode": 8}, {"x": 3.0, "x_se": 4.0, "episode": 16}]

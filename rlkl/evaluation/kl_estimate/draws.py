@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlkl.models import ModelPair
 from rlkl.rollout import Responses, encode_prompts, sample_responses
+from rlkl.rollout.randomness import generator_of
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def check_length(pair: ModelPair, longest: int, what: str) -> None:
 class SampledResponses:
     """Responses of the policy, one to each prompt in an order shuffled by the seed, and again.
 
+    A prompt that the list repeats is one prompt: its responses are not independent draws of it.
+
     Shuffled, so that fewer samples than prompts are a random draw of the prompts and not the head
     of a sorted file.
 
@@ -95,7 +98,11 @@ class SampledResponses:
         longest = int(mask.sum(1).max())
         what = f"the longest prompt ({longest} tokens) with max_new_tokens={max_new_tokens}"
         check_length(pair, longest + max_new_tokens, what)
-        self.num_prompts = min(len(prompts), limit)
+        self._order = torch.randperm(len(prompts), generator=generator_of("cpu", seed)).tolist()
+        numbers: dict[str, int] = {}
+        for i in self._order[:limit]:
+            numbers.setdefault(prompts[i], len(numbers))
+        self._numbers, self.num_prompts = numbers, len(numbers)
         self.notes = (
             f"The KL is that of the first {max_new_tokens} tokens of a response; what would come "
             "after them is not counted.",
@@ -103,21 +110,23 @@ class SampledResponses:
 
     def batches(self) -> Iterator[Draws]:
         """Batches until the limit; each depends on the seed and its place, not on those before."""
-        generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(len(self.prompts), generator=generator)
-        stream = int(torch.randint(2**31, (), generator=generator))
+        seen = [0] * self.num_prompts
         for drawn in range(0, self.limit, self.batch_size):
-            number = torch.arange(drawn, min(drawn + self.batch_size, self.limit))
-            prompt = number % len(order)
+            places = range(drawn, min(drawn + self.batch_size, self.limit))
+            prompts = [self.prompts[self._order[i % len(self._order)]] for i in places]
+            numbers, repetitions = [self._numbers[prompt] for prompt in prompts], []
+            for number in numbers:
+                repetitions.append(seen[number])
+                seen[number] += 1
             with self.pair.policy.active() as model:
                 device = next(model.parameters()).device
                 responses = sample_responses(
                     model,
                     self.pair.tokenizer,
-                    [self.prompts[i] for i in order[prompt].tolist()],
+                    prompts,
                     self.max_tokens,
                     temperature=self.temperature,
-                    generator=torch.Generator(device=device).manual_seed((stream << 24) + drawn),
+                    generator=generator_of(device, self.seed, drawn),
                     batch_size=self.batch_size,
                 )
-            yield Draws(responses, prompt, number // len(order))
+            yield Draws(responses, torch.tensor(numbers), torch.tensor(repetitions))
