@@ -1,8 +1,7 @@
 """Which divergence teaches a small review LM best? Seven losses at equal steps, over seeds.
 
     python recipes/distill_reviews.py                    # everything, to runs/distill_reviews
-    python recipes/distill_reviews.py --losses akl fkl --seeds 0 --max_steps 20 \
-        --output_dir runs/quick
+    python recipes/distill_reviews.py --losses akl fkl --seeds 0 --output_dir runs/quick
     python recipes/distill_reviews.py --texts my_reviews.jsonl --output_dir runs/mine
 
 The teacher (the embedded review LM) writes a corpus; for each seed a student of a fifth of its size

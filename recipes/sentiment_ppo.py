@@ -1,8 +1,8 @@
 """Sentiment-controlled fine-tuning: a review LM learns to write positive reviews under a KL
 penalty.
 
-    python recipes/sentiment_ppo.py                                     # the embedded models, on a
-    CPU python recipes/sentiment_ppo.py --kl_estimator k1 --seed 1 --output_dir runs/k1
+    python recipes/sentiment_ppo.py                           # the embedded models, on a CPU
+    python recipes/sentiment_ppo.py --kl_estimator k1 --seed 1 --output_dir runs/k1
     python recipes/sentiment_ppo.py --config recipes/sentiment_ppo_gpt2.yaml
 
 Settings come from the YAML file (default: sentiment_ppo.yaml beside this script), then from the
@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -282,6 +283,7 @@ def summarise_run(
     """The numbers of a run: held-out reward, judge and KL, and the share of the gap to
     best-of-n."""
     start, end = before.metrics, after.metrics
+    ratios = [step["kl/k1_se"] / step["kl/rb_se"] for step in steps if step["kl/rb_se"] > 0]
     gap = yardstick.reward - yardstick.mean_score
     return {
         "reward_before": start["objective/scores"],
@@ -308,16 +310,10 @@ def summarise_run(
         "kl_of_best_of_n_bound": yardstick.kl_bound,
         "initial_kl": steps[0]["kl/rb"],
         "initial_ratio_error": steps[0]["val/first_ratio_error"],
-        "train_se_ratio_k1_over_rb": _median(
-            [step["kl/k1_se"] / step["kl/rb_se"] for step in steps if step["kl/rb_se"] > 0]
-        ),
+        "train_se_ratio_k1_over_rb": median(ratios) if ratios else None,
         "steps": len(steps),
         "seed": seed,
     }
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 def sample_table(before: Evaluation, after: Evaluation, count: int = 5) -> list[dict[str, Any]]:
@@ -370,11 +366,16 @@ def print_summary(
         table.add_row(f"KL by {name} ({exact}), nats per response", "0", kl)
     console.print(table)
     best = next(key for key in summary if key.startswith("best_of_") and not key.endswith("_se"))
+    ratio = summary["train_se_ratio_k1_over_rb"]
+    errors = (
+        ""
+        if ratio is None
+        else (f"Standard error of k1 over rb on the training rollouts: {ratio:.1f}. ")
+    )
     console.print(
         f"{best.replace('_', '-')} of the reference scores {summary[best]:+.2f} at up to "
         f"{summary['kl_of_best_of_n_bound']:.2f} nats: {summary['gap_closed']:.0%} of the gap is "
-        f"closed. KL at step 0: {summary['initial_kl']:g}. Standard error of k1 over rb on the "
-        f"training rollouts: {summary['train_se_ratio_k1_over_rb']:.1f}. The KL is that of "
+        f"closed. KL at step 0: {summary['initial_kl']:g}. {errors}The KL is that of "
         f"responses of at most {response_length} tokens. {summary['seconds']:.0f} s."
     )
     texts = Table(title="The first five held-out prompts", show_lines=True)

@@ -8,7 +8,6 @@ Data: prompt and completion, instructions, or plain text. Settings come from the
 from the command line. A run that was stopped goes on when the same command is given again.
 """
 
-import argparse
 import json
 import math
 import os
@@ -83,7 +82,6 @@ def run() -> None:
         parser = SettingsParser(
             (DistillArguments, DistillConfig, ModelConfig),
             description=__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         task, args, model_args = parser.parse()
         quiet_libraries()

@@ -10,6 +10,10 @@ from trl import TrlParser
 from rlkl.cli.errors import fail
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of a description, and says the defaults."""
+
+
 class SettingsParser(TrlParser):
     """TrlParser whose complaints are one line: dataclass fields, ``--config FILE``, command line
     over YAML.
@@ -23,12 +27,11 @@ class SettingsParser(TrlParser):
         dataclass_types: Sequence[type],
         *,
         description: str | None = None,
-        formatter_class: Any = argparse.ArgumentDefaultsHelpFormatter,
     ) -> None:
         super().__init__(
             dataclass_types,  # pyright: ignore[reportArgumentType]
             description=description,
-            formatter_class=formatter_class,
+            formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
 

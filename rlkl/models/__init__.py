@@ -1,5 +1,6 @@
 """Policies, references and critics: loading them, and reading hidden states from them."""
 
+from rlkl.models.checks import check_causal_lm
 from rlkl.models.critic import Critic
 from rlkl.models.language_model import (
     EMBEDDED_LM,
@@ -19,6 +20,7 @@ __all__ = [
     "ModelPair",
     "Side",
     "at_least_float32",
+    "check_causal_lm",
     "check_same_tokenizer",
     "frozen_copy",
     "hidden_size",

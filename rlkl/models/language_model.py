@@ -74,9 +74,15 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model itself, without a PEFT wrapper.
 
     Raises:
-        ValueError: it is no transformers model.
+        ValueError: it is no transformers model, or its adapter is a prompt: that is not part of the
+            transformers model, which alone is read here.
     """
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"a {model.active_peft_config.peft_type} adapter puts learned prompts before the text, "
+            "which rlkl does not read: use one that changes the layers, such as LoRA"
+        )
     if not isinstance(inner, PreTrainedModel):
         raise ValueError(f"a transformers causal LM is needed, not {type(inner).__name__}")
     return inner
@@ -93,7 +99,8 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 
 def hidden_size(model: nn.Module) -> int:
     """Width of the hidden states that the head reads."""
-    return causal_lm(model).config.get_text_config().hidden_size
+    head = causal_lm(model).get_output_embeddings()
+    return getattr(head, "in_features", causal_lm(model).config.get_text_config().hidden_size)
 
 
 def trunk_of(model: nn.Module) -> PreTrainedModel:

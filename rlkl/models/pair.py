@@ -18,16 +18,10 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import find_adapter_config_file
 
-from rlkl.kl import head_logits
 from rlkl.kl.chunked import vocabulary_of
-from rlkl.models.language_model import (
-    EMBEDDED_LM,
-    causal_lm,
-    load_causal_lm,
-    model_source,
-    trunk_of,
-)
-from rlkl.models.output_head import at_least_float32, output_head
+from rlkl.models.checks import check_causal_lm
+from rlkl.models.language_model import EMBEDDED_LM, load_causal_lm, model_source
+from rlkl.models.output_head import output_head
 from rlkl.models.tokenizers import check_same_tokenizer, load_tokenizer
 
 
@@ -274,33 +268,3 @@ def _filter_notes(models: dict[str, PreTrainedModel]) -> list[str]:
                 "KL is between the whole distributions at the temperature above."
             )
     return notes
-
-
-@torch.no_grad()
-def check_causal_lm(model: nn.Module, name: str) -> None:
-    """Checks on a few tokens what everything else rests on: that the model is causal, and that its
-    logits are its head applied to its hidden states.
-
-    Raises:
-        ValueError: a later token changes an earlier hidden state, or the logits are something else.
-    """
-    head, trunk = at_least_float32(output_head(model)), trunk_of(model)
-    vocab, device = vocabulary_of(head), causal_lm(model).device
-    ids = torch.arange(8, device=device)[None] % vocab
-    hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state
-    other = ids.clone()
-    other[0, -1] = (ids[0, -1] + 1) % vocab
-    changed = trunk(input_ids=other, use_cache=False).last_hidden_state
-    tolerance = 1e-3 if hidden.dtype in (torch.float32, torch.float64) else 5e-2
-    scale = float(hidden.abs().max())
-    if float((hidden - changed)[:, :-1].abs().max()) > tolerance * scale:
-        raise ValueError(
-            f"{name} is no causal language model: a later token changes what it says before it"
-        )
-    expected = head_logits(head, hidden).float()
-    logits = model(input_ids=ids, use_cache=False).logits.float()
-    if float((logits - expected).abs().max()) > tolerance * float(expected.abs().max()):
-        raise ValueError(
-            f"{name}: its logits are not its head times its last hidden states, so its "
-            "distributions cannot be formed from them"
-        )

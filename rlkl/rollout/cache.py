@@ -47,7 +47,7 @@ class ReservedLayer(DynamicLayer):
 def reserved_cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:
     """A cache with room for `capacity` positions where every layer attends to all of them.
 
-    Models with other layers (sliding windows, recurrent states) keep what transformers gives them.
+    Models with other layers (sliding windows, linear attention) keep what transformers gives them.
     """
     cache = DynamicCache(config=config)
     if cache.layers and all(type(layer) is DynamicLayer for layer in cache.layers):

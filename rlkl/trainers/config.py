@@ -64,7 +64,8 @@ class PPOConfig(RunArguments):
         metadata={"help": "Nats per response to hold by an adaptive β (Ziegler et al. 2019)."},
     )
     kl_horizon: int = field(
-        default=10_000, metadata={"help": "Responses in which an adaptive β moves by up to 20%."}
+        default=10_000,
+        metadata={"help": "Responses in which an adaptive β moves by up to a fifth."},
     )
     cliprange: float = field(default=0.2, metadata={"help": "ε of the policy ratio."})
     cliprange_value: float = field(
@@ -111,6 +112,22 @@ class PPOConfig(RunArguments):
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be > 0")
+        for name in ("max_prompt_length", "num_completions"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        for name in ("vf_coef", "missing_eos_penalty", "value_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} is {value}; it must be >= 0")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
+        if self.fp16:
+            raise ValueError(
+                "fp16 autocast is not for PPO here, whose epochs would each need their own scaling "
+                "of the gradient: use bf16"
+            )
         if self.kl_coef < 0:
             raise ValueError(
                 f"kl_coef is {self.kl_coef}; it must be >= 0 (0 trains without penalty and still "

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from rlkl.kl import TokenStats, fused_logp_loss, fused_token_loss, future_kl
 from rlkl.kl.chunked import vocabulary_of
-from rlkl.models import output_head, response_hidden
+from rlkl.models import check_causal_lm, output_head, response_hidden
 from rlkl.models.language_model import check_positions
 from rlkl.rl import leave_one_out_mean
 from rlkl.rollout import Responses, sample_responses
@@ -96,6 +96,8 @@ class DistillTrainer(TextTrainer):
             check_texts(eval_dataset, completions=True)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)  # pyright: ignore[reportArgumentType]
+        for each, name in ((model.eval(), "model"), (teacher_model.eval(), "teacher_model")):
+            check_causal_lm(each, name)
         self.divergence = args.divergence()
         self.vocab_size = shared_vocabulary(model, teacher_model, processing_class)
         for each in (model, teacher_model):

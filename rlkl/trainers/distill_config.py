@@ -70,6 +70,8 @@ class DistillConfig(RunArguments):
         for name in ("temperature", "sampling_temperature", "response_length"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be > 0")
+        if self.max_prompt_length is not None and self.max_prompt_length < 1:
+            raise ValueError(f"max_prompt_length is {self.max_prompt_length}; it must be >= 1")
         for name in ("ce_weight", "on_policy_fraction", "fkl_weight", "js_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")

@@ -30,7 +30,8 @@ from rlkl.kl import (
     response_weights,
     sequence_kl,
 )
-from rlkl.models import Critic, frozen_copy, hidden_size, output_head
+from rlkl.kl.chunked import vocabulary_of
+from rlkl.models import Critic, check_causal_lm, frozen_copy, hidden_size, output_head
 from rlkl.rl import (
     clipped_value_loss,
     gae,
@@ -68,6 +69,9 @@ class PPOTrainer(TextTrainer):
     is penalised, every step measures k1, k3 and the exact KL on its own responses, with standard
     errors.
 
+    A loss is the mean over its minibatch's tokens. Their number is random where responses end by
+    themselves, and the direction that of the sequence KL up to O(1 / responses of a minibatch).
+
     A step: prompts -> responses -> scores -> token statistics of policy and reference -> rewards ->
     advantages -> clipped losses over several epochs. The loop around it, checkpoints and schedules
     are those of transformers.Trainer.
@@ -91,7 +95,9 @@ class PPOTrainer(TextTrainer):
 
     Raises:
         ValueError: an estimator in a placement where its gradient is not that of the sequence KL
-            (unless ``allow_biased_kl``), fewer prompts than a step needs, an empty prompt.
+            (unless ``allow_biased_kl``), fewer prompts than a step needs, an empty prompt, a model
+            that cannot be sampled and measured here (see `check_causal_lm`), the policy itself as
+            reference.
     """
 
     default_estimator: ClassVar[str] = "k1"
@@ -122,8 +128,25 @@ class PPOTrainer(TextTrainer):
                 "exact and no dearer, or with a sampled estimator"
             )
         check_prompts(train_dataset, at_least=args.per_device_train_batch_size)
+        if peft_config is not None and isinstance(model, PeftModel):
+            raise ValueError("the model has an adapter already: leave peft_config out")
         if peft_config is not None:
             model = get_peft_model(model, peft_config)  # pyright: ignore[reportArgumentType]
+        model.eval()  # as in every step
+        check_causal_lm(model, "model")
+        if ref_model is model:
+            raise ValueError(
+                "ref_model is the policy itself, from which its KL is always 0: leave it out, "
+                "which takes a frozen copy, or pass frozen_copy(model)"
+            )
+        if ref_model is not None:
+            check_causal_lm(ref_model.eval(), "ref_model")
+            rows = [vocabulary_of(output_head(each)) for each in (model, ref_model)]
+            if rows[0] != rows[1]:
+                raise ValueError(
+                    f"model gives logits of {rows[0]} tokens and ref_model of {rows[1]}: both need "
+                    "one vocabulary; resize_token_embeddings makes them equal"
+                )
         if ref_model is None and not isinstance(model, PeftModel):
             ref_model = frozen_copy(model)
         elif ref_model is None and isinstance(output_head(model), ModuleHead):
@@ -172,7 +195,7 @@ class PPOTrainer(TextTrainer):
             with clock("optimisation"):
                 loss = self.optimise(rollout, advantages, returns, scale, metrics, first_pass)
             self.kl_coefficient.update(metrics["objective/kl"], len(rollout))
-        metrics["episode"] = (self.state.global_step + 1) * len(rollout)
+        metrics["episode"] = (self.state.global_step + 1) * self.args.responses_per_step
         self.noted["steps"].append(metrics | clock.seconds)
         every, step = self.args.log_completions_steps, self.state.global_step + 1
         if every > 0 and (step - 1) % every == 0:
@@ -401,10 +424,11 @@ class PPOTrainer(TextTrainer):
         """The Trainer's optimiser, with the critic as a parameter group of its own."""
         if self.optimizer is None:
             self.optimizer = super().create_optimizer(model)
+            own_rate = self.args.value_learning_rate
             self.optimizer.add_param_group(
                 {
                     "params": [p for p in self.critic.parameters() if p.requires_grad],
-                    "lr": self.args.value_learning_rate or self.args.learning_rate,
+                    "lr": self.args.learning_rate if own_rate is None else own_rate,
                     "weight_decay": 0.0,
                 }
             )
@@ -445,8 +469,9 @@ class PPOTrainer(TextTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         folder = Path(resume_from_checkpoint)
         load_model(self.critic, str(folder / "critic.safetensors"))
-        state = json.loads((folder / "kl_coefficient.json").read_text())
-        self.kl_coefficient.load_state_dict(state)
+        if self.args.kl_target is not None:  # a fixed coefficient is that of the settings
+            state = json.loads((folder / "kl_coefficient.json").read_text())
+            self.kl_coefficient.load_state_dict(state)
 
 
 def _trainable_copy(model: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 FREE = ("output_dir", "logging_dir", "report_to", "run_name", "threads", "save_steps")
@@ -23,6 +24,11 @@ def last_checkpoint(folder: Path) -> str | None:
     ]
     newest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
     return None if newest is None else str(newest)
+
+
+def saved_state(checkpoint: str) -> TrainerState:
+    """How far a checkpoint is."""
+    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
 
 
 def check_settings(file: Path, settings: dict[str, Any], what: str) -> None:

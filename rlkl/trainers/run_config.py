@@ -47,6 +47,12 @@ class RunArguments(TrainingArguments):
             self.bf16 = not self.fp16 and bf16_is_fast()  # pyright: ignore[reportIncompatibleVariableOverride]
         if not torch.accelerator.is_available():
             self.use_cpu = True  # TrainingArguments refuses bf16 on a CPU that was not asked for
+        if self.gradient_checkpointing:
+            raise ValueError(
+                "gradient_checkpointing has no effect: models are trained in eval mode here "
+                "(without dropout), in which transformers does not checkpoint. To save memory use "
+                "smaller batches"
+            )
         super().__post_init__()
 
     @property

@@ -3,17 +3,25 @@
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+)
 from transformers.integrations import WandbCallback
 from transformers.trainer_utils import TrainOutput
 
 from rlkl.data import collate_prompts
 from rlkl.trainers.metrics import MetricsFile, average_steps
 from rlkl.trainers.progress import closing_callbacks
+from rlkl.trainers.resume import last_checkpoint, saved_state
 from rlkl.trainers.run_config import RunArguments
 from rlkl.trainers.tracking import WandbMirror
 
@@ -44,6 +52,11 @@ class TextTrainer(Trainer, ABC):
             raise ValueError(
                 f"{args.world_size} processes were started; rlkl's trainers run in one process"
             )
+        if tokenizer.pad_token_id is None:
+            raise ValueError(
+                "processing_class has no pad token: tokenizer.pad_token = tokenizer.eos_token "
+                "gives it one"
+            )
         self.tokenizer = tokenizer
         self.noted: dict[str, list[dict[str, float]]] = defaultdict(list)
         super().__init__(
@@ -67,9 +80,35 @@ class TextTrainer(Trainer, ABC):
         """
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Trainer.train, in its W&B run."""
+        """Trainer.train, in its W&B run.
+
+        A checkpoint that has all steps is loaded, and that is all (the Trainer would take another).
+
+        Args:
+            resume_from_checkpoint: its folder, or True for the last whole one in ``output_dir``.
+            kwargs: those of Trainer.train.
+
+        Raises:
+            ValueError: True, and ``output_dir`` holds no whole checkpoint.
+        """
+        if resume_from_checkpoint is True:
+            folder = Path(str(self.args.output_dir))
+            resume_from_checkpoint = last_checkpoint(folder)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"{folder} holds no whole checkpoint to go on from")
+        if resume_from_checkpoint and self._is_done(state := saved_state(resume_from_checkpoint)):
+            self._load_from_checkpoint(resume_from_checkpoint)
+            self.state = state
+            return TrainOutput(state.global_step, 0.0, {})
         with self.tracked(bool(resume_from_checkpoint)), closing_callbacks(self):
             return super().train(resume_from_checkpoint, **kwargs)
+
+    def _is_done(self, state: TrainerState) -> bool:
+        """Whether a checkpoint has all the steps that the settings ask for."""
+        if self.args.max_steps > 0:
+            return state.global_step >= self.args.max_steps
+        same = self.args.num_train_epochs == state.num_train_epochs
+        return same and state.global_step >= state.max_steps
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what the steps since the last log measured."""

@@ -1,5 +1,6 @@
 """The recipe as its users run it: two steps on tiny local models, nonsense, and being stopped."""
 
+import ast
 import json
 import runpy
 import sys
@@ -15,6 +16,7 @@ from rlkl.trainers import PPOTrainer
 from rlkl.trainers.config import PPOConfig
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+SCRIPTS = sorted(p for p in RECIPES.glob("*.py") if '__name__ == "__main__"' in p.read_text())
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +67,27 @@ def test_two_steps_write_everything_that_the_readme_names(
     assert (folders / "run" / "policy" / "model.safetensors").is_file()
     assert not list((folders / "run").glob("checkpoint-*"))
     assert "Held-out prompts" in capsys.readouterr().out
+
+
+def test_a_single_step_ends_in_a_summary(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(monkeypatch, "sentiment_ppo.py", arguments(folders, max_steps=1))
+    summary = json.loads((folders / "run" / "summary.json").read_text())
+    assert summary["train_se_ratio_k1_over_rb"] is None  # the KL was 0: there is no error
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of a library at its import
+@pytest.mark.parametrize("script", [path.name for path in SCRIPTS])
+def test_every_recipe_says_its_options(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(RECIPES)  # as for a script
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, script, ["--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    docstring = ast.get_docstring(ast.parse((RECIPES / script).read_text())) or ""
+    for line in docstring.splitlines():
+        assert line.strip() in printed
 
 
 def test_the_papers_configuration_takes_local_folders_for_hub_ids(

@@ -1,8 +1,11 @@
 """What cannot work is refused before anything runs, in one line that names the remedy."""
 
+import copy
+
 import pytest
 import torch
 from datasets import Dataset
+from peft import PromptTuningConfig, get_peft_model
 
 from rlkl.trainers import PPOTrainer, RaoBlackwellPPOTrainer
 
@@ -72,6 +75,13 @@ def test_an_estimator_that_does_not_fit_the_default_placement_is_refused(make_tr
         ({"num_mini_batches": 2, "micro_batch_size": 8}, "minibatches of 4 responses"),
         ({"micro_batch_size": 0}, "micro_batch_size=0"),
         ({"gradient_accumulation_steps": 2}, "set micro_batch_size"),
+        ({"max_prompt_length": 0}, "max_prompt_length is 0; it must be at least 1"),
+        ({"num_completions": 0}, "num_completions is 0; it must be at least 1"),
+        ({"gamma": 3.0}, r"gamma is 3.0; it must lie in \[0, 1\]"),
+        ({"lam": -1.0}, "lam is -1.0"),
+        ({"missing_eos_penalty": -1.0}, "missing_eos_penalty is -1.0; it must be >= 0"),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing has no effect"),
+        ({"fp16": True}, "use bf16"),
         ({"kl_target": 6.0, "kl_coef": 0.0}, "needs initial > 0"),
         ({"kl_target": -1.0}, "target is -1.0"),
         ({"kl_target": 6.0, "kl_horizon": 1.0}, "horizon"),
@@ -85,6 +95,37 @@ def test_settings_that_cannot_work_are_refused_in_one_line(make_trainer, changes
     with pytest.raises(ValueError, match=complaint) as error:
         make_trainer(**changes)
     assert "\n" not in str(error.value)
+
+
+def test_the_policy_is_no_reference_to_itself(make_trainer, make_lm):
+    model = make_lm()
+    with pytest.raises(ValueError, match="ref_model is the policy itself"):
+        make_trainer(model=model, ref_model=model)
+
+
+def test_a_reference_of_another_vocabulary_is_refused(make_trainer, make_lm):
+    with pytest.raises(ValueError, match=r"logits of \d+ tokens and ref_model of 200"):
+        make_trainer(ref_model=make_lm(vocab_size=200))
+
+
+def test_a_second_adapter_is_refused(make_trainer, make_lm, lora):
+    model = get_peft_model(make_lm(), lora)
+    with pytest.raises(ValueError, match="leave peft_config out"):
+        make_trainer(model=model, peft_config=lora)
+
+
+def test_a_prompt_adapter_is_refused(make_trainer):
+    """Its prompts are no part of the transformers model: nothing would be trained."""
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match=r"PROMPT_TUNING adapter .* such as LoRA"):
+        make_trainer(peft_config=prompt)
+
+
+def test_a_tokenizer_without_pad_token_is_refused(make_trainer, tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = None
+    with pytest.raises(ValueError, match=r"tokenizer\.pad_token = tokenizer\.eos_token"):
+        make_trainer(processing_class=bare)
 
 
 def test_an_evaluation_without_prompts_is_refused(make_trainer):

@@ -101,6 +101,40 @@ def test_a_record_that_was_cut_while_it_was_written_does_not_stop_a_resume(make_
     assert [r["step"] for r in step_records(folder)] == [1, 2, 3, 4]
 
 
+def test_a_checkpoint_that_has_all_steps_is_loaded_and_takes_no_other(make_trainer, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+    whole = make_trainer(**settings)
+    whole.train()
+    again = make_trainer(**settings)
+    assert again.train(resume_from_checkpoint=True).global_step == 2
+    for name, value in again.model.state_dict().items():
+        assert torch.equal(value, whole.model.state_dict()[name]), name
+    assert [r["step"] for r in step_records(tmp_path / "run")] == [1, 2]
+    longer = make_trainer(max_steps=3, **settings)
+    longer.train(resume_from_checkpoint=True)
+    assert [r["step"] for r in step_records(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_resuming_passes_over_a_checkpoint_that_a_kill_cut_short(make_trainer, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    make_trainer(**settings).train()
+    (tmp_path / "run" / "checkpoint-3" / "trainer_state.json").unlink()
+    make_trainer(**settings).train(resume_from_checkpoint=True)
+    assert [r["step"] for r in step_records(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_resuming_nothing_says_so(make_trainer):
+    with pytest.raises(ValueError, match="holds no whole checkpoint to go on from"):
+        make_trainer().train(resume_from_checkpoint=True)
+
+
+def test_a_fixed_coefficient_is_that_of_the_settings_after_a_resume(make_trainer, steps):
+    make_trainer(save_strategy="steps", save_steps=1, kl_coef=0.05).train()
+    trainer = make_trainer(max_steps=3, kl_coef=0.9)
+    trainer.train(resume_from_checkpoint=True)
+    assert steps(trainer)[-1]["kl_coef"] == 0.9
+
+
 def test_the_adaptive_coefficient_rises_above_its_target_and_falls_below(make_trainer, steps):
     for target, rises in ((1e-6, True), (1e3, False)):
         trainer = make_trainer(kl_target=target, kl_horizon=50, max_steps=3)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from reward_models import LexiconReward
 from rlkl.models import load_causal_lm
@@ -327,6 +327,20 @@ def test_seeds_differ_by_what_is_sampled_and_not_by_the_order_of_prompts_alone(m
         trainer = make_trainer(seed=seed, train_dataset=equal, reward_funcs=reward, max_steps=2)
         trainer.train()
     assert len(seen) == len(set(seen)) == 6  # two steps of three seeds
+
+
+def test_an_adapter_with_dropout_on_the_head_trains(make_trainer, make_lm):
+    lora = LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM", lora_dropout=0.5)
+    trainer = make_trainer(model=make_lm(tie_word_embeddings=False), peft_config=lora)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_critic_that_is_to_stay_as_it_is_stays(make_trainer):
+    trainer = make_trainer(value_learning_rate=0.0)
+    before = state_of(trainer.critic)
+    trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in state_of(trainer.critic).items())
 
 
 def test_averaging_adds_standard_errors_in_squares():
