@@ -211,7 +211,8 @@ def main() -> None:
     print_summary(console, summary, samples, names, args.response_length)
     console.print(
         f"\nWritten to [bold]{output_dir}[/bold]: summary.json, samples.json, metrics.jsonl, "
-        f"completions.jsonl, {plot.name}, policy/ (for from_pretrained), wandb/"
+        f"completions.jsonl, {plot.name}, policy/ (for from_pretrained)"
+        + (", wandb/" if (output_dir / "wandb").is_dir() else "")
     )
 
 

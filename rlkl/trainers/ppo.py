@@ -11,7 +11,12 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    set_seed,
+)
 
 from reward_models import RewardModel
 from rlkl.data import check_prompts
@@ -131,6 +136,7 @@ class PPOTrainer(TextTrainer):
         if peft_config is not None and isinstance(model, PeftModel):
             raise ValueError("the model has an adapter already: leave peft_config out")
         if peft_config is not None:
+            set_seed(args.seed)  # the adapter's start, as the Trainer does for what is made later
             model = get_peft_model(model, peft_config)  # pyright: ignore[reportArgumentType]
         model.eval()  # as in every step
         check_causal_lm(model, "model")

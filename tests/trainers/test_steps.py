@@ -329,6 +329,15 @@ def test_seeds_differ_by_what_is_sampled_and_not_by_the_order_of_prompts_alone(m
     assert len(seen) == len(set(seen)) == 6  # two steps of three seeds
 
 
+def test_the_seed_fixes_the_start_of_an_adapter(make_trainer, lora):
+    starts = []
+    for noise in (0, 1):
+        torch.manual_seed(noise)
+        trainer = make_trainer(peft_config=lora)
+        starts.append(state_of(trainer.model))
+    assert all(torch.equal(value, starts[1][name]) for name, value in starts[0].items())
+
+
 def test_an_adapter_with_dropout_on_the_head_trains(make_trainer, make_lm):
     lora = LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM", lora_dropout=0.5)
     trainer = make_trainer(model=make_lm(tie_word_embeddings=False), peft_config=lora)
