@@ -1,11 +1,11 @@
 """The KL of a language model from its reference: values, gradients, and how to use them.
 
 Needs torch and jaxtyping alone. Read in this order: `estimators` (which estimate), `placement`
-(where it enters the update), `coefficient` (how strongly), `divergences` and `adaptive` (between two distributions),
-`distillation` (which of them a student is trained on), `sequence` (what is reported, with standard
-errors), `response_estimators` and `control_moments` (estimates from whole responses), `off_policy`
-(responses of another policy), `tabular` (the truth, by enumeration), `fused` (the same quantities
-from hidden states, without the logits).
+(where it enters the update), `coefficient` (how strongly), `divergences` and `adaptive` (between
+two distributions), `distillation` (which of them a student is trained on), `sequence` (what is
+reported, with standard errors), `response_estimators` and `control_moments` (estimates from whole
+responses), `off_policy` (responses of another policy), `tabular` (the truth, by enumeration),
+`fused` (the same quantities from hidden states, without the logits).
 """
 
 from rlkl.kl.adaptive import HeadTailGaps, adaptive_kl, head_tail_gaps, reference_head
