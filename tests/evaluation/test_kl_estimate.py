@@ -221,6 +221,14 @@ def test_the_models_are_left_in_the_mode_they_were_in(policy, ref, colours):
     assert policy.training
     assert not ref.training
 
+    def stop(estimation: KLEstimation) -> None:
+        assert not policy.training
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        estimate_kl(policy, ref, colours, PROMPTS, num_samples=4, max_new_tokens=T, on_batch=stop)
+    assert policy.training
+
 
 # --- where it comes from ------------------------------------------------------------------------
 

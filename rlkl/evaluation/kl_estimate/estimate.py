@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from rlkl.evaluation.eval_mode import eval_mode
 from rlkl.evaluation.kl_estimate.accumulate import MAX_POSITIONS, Accumulator, Weights
 from rlkl.evaluation.kl_estimate.draws import Draws, ResponseSource, SampledResponses
 from rlkl.evaluation.kl_estimate.measure import Context, Measured, VocabularySums, measure
@@ -251,7 +252,7 @@ def estimate_kl(
     :mod:`rlkl.evaluation.kl_estimate.units`. Memory does not grow with the number of samples.
 
     Args:
-        policy: the policy, in eval mode.
+        policy: the policy, in eval mode while this runs; so is the reference.
         ref_model: the reference; None means the policy with its PEFT adapter off.
         tokenizer: of both.
         prompts: texts; taken in a shuffled order, and again from the first when all are used.
@@ -292,14 +293,10 @@ def estimate_kl(
         seed=seed,
         batch_size=batch_size,
     )
-    training = [model.training for model in pair.modules()]
-    for model in pair.modules():
-        model.eval()
     estimation = KLEstimation(pair, source, settings)
-    while not estimation.done:
-        estimation.step()
-        if on_batch is not None:
-            on_batch(estimation)
-    for model, was_training in zip(pair.modules(), training, strict=True):
-        model.train(was_training)
+    with eval_mode(*pair.modules()):
+        while not estimation.done:
+            estimation.step()
+            if on_batch is not None:
+                on_batch(estimation)
     return estimation.report()
