@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -133,18 +134,20 @@ class Accumulator:
                 "position_length": alive,
                 "position_rb": weighted["rb"],
                 "position_k1": weighted["k1"],
+                "control_cv": statistics.excess,
+                "control_k3": (weights.own * torch.expm1(-measured.k["k1"])).sum(1),
                 **{_sum_of(name): value for name, value in values.items()},
             },
         )
-        totals, ref_over_policy = self.totals, 1 + torch.expm1(-measured.k["k1"].sum(1))
+        totals, ref_weight = self.totals, weights.response + statistics.excess
         totals.n += len(mask)
         totals.tokens += int(mask.sum())
         totals.truncated += int((~draws.responses.ended).sum())
         totals.cut_weights += weights.cut
         totals.weight += float(weights.response.sum())
         totals.weight_squared += float(weights.response.square().sum())
-        totals.ref_weight += float(ref_over_policy.sum())
-        totals.ref_weight_squared += float(ref_over_policy.square().sum())
+        totals.ref_weight += float(ref_weight.sum())
+        totals.ref_weight_squared += float(ref_weight.square().sum())
         for name, value in values.items():
             below = int((value < 0).sum())
             totals.negative[name] = totals.negative.get(name, 0) + below
@@ -221,6 +224,14 @@ class Accumulator:
         counts = self.sums["n"]
         return ratio(self.sums[_sum_of(name)], counts, counts, self.units)
 
+    def control(self, name: Literal["cv", "k3"]) -> Interval:
+        """What cv or k3 adds to k1, in nats per response: q/π - 1 of each response or token.
+
+        Its expectation is 0. A mean that is not says how far the estimate is off.
+        """
+        counts = self.sums["n"]
+        return ratio(self.sums[f"control_{name}"], counts, counts, self.units)
+
     def profile(self) -> Profile:
         """D_t and u_t by position."""
         size, counts = self.sums["position_length"], self.sums["n"]
@@ -246,7 +257,7 @@ class Accumulator:
 
     @property
     def ess_ref(self) -> float:
-        """The same of q(y)/π(y)."""
+        """The same of q(y)/π(y), times the sampler's weight."""
         return _ess(self.totals.ref_weight, self.totals.ref_weight_squared)
 
 

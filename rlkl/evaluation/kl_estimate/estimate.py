@@ -27,6 +27,9 @@ _KEPT_SAMPLES = 8
 _TOP_TOKENS = 20
 _TRUSTED_ESS = 0.1
 """Below this share of the responses an effective sample size is worth a warning."""
+_TRUSTED_CONTROL = 0.01
+"""Nats per response: a control variate whose mean is this near to the 0 it should be is left alone;
+above, twice the 95% interval decides."""
 _MIN_SAMPLES = 64
 """Before this many responses a standard error is too rough to stop by."""
 
@@ -198,8 +201,11 @@ class KLEstimation:
                 "cv and cv_fitted rest on the weights q(y)/π(y), whose effective sample size is "
                 f"{accumulator.ess_ref:.0f} of {totals.n}: the few responses that would matter "
                 "most are hardly ever drawn, and their errors are larger than they say; the "
-                "intervals are as wide as so few responses make them."
+                "intervals are as wide as so few responses make them. k3 rests on the same "
+                "weights, token by token."
             )
+        if not totals.cut_weights:
+            notes += self._control_notes()
         if accumulator.ess < _TRUSTED_ESS * totals.n:
             notes.append(
                 "The policy is far from the sampler: the effective sample size is "
@@ -223,6 +229,24 @@ class KLEstimation:
                     f"The standard error is {reached:.2g}, not yet {target:g}, after {totals.n} "
                     "responses. Where more responses no longer help, the prompts themselves "
                     "differ by that much: use more prompts, or estimand given_prompts."
+                )
+        return notes
+
+    def _control_notes(self) -> list[str]:
+        """Says where the reference's mass was not drawn: equal weights near 0 have a large ess."""
+        notes = []
+        for name, who, what in (
+            ("cv", "cv and cv_fitted rest on the weights q(y)/π(y)", "1"),
+            ("k3", "k3 rests on the weights q(y_t|h_t)/π(y_t|h_t) of the tokens", "1 each"),
+        ):
+            control = self.accumulator.control(name)
+            mean, half = float(control.mean), float(control.half_width)
+            if not abs(mean) <= max(_TRUSTED_CONTROL, 2 * half):
+                notes.append(
+                    f"{who}, which should be {what} in the mean: in the sum over a response they "
+                    f"miss that by {mean:.3g} ± {half:.2g}, and the estimate is off by about as "
+                    "many nats, whatever its interval says. What the reference would rather say "
+                    "is hardly ever drawn."
                 )
         return notes
 
