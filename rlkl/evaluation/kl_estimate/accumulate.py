@@ -21,7 +21,6 @@ from rlkl.kl import (
     ResponseStatistics,
     TopKBucketEstimator,
     prefix_weights,
-    token_ratios,
 )
 
 _FOLDS = 5
@@ -47,7 +46,7 @@ class Weights:
     """[B]"""
     on_policy: bool
     cut: int = 0
-    """How many of the W_t at real tokens were cut at `truncate_at`."""
+    """How many of the W_{t+1} of real tokens were cut at `truncate_at`."""
 
     @classmethod
     def of(cls, draws: Draws, measured: Measured, truncate_at: float | None) -> "Weights":
@@ -60,12 +59,11 @@ class Weights:
         ones = torch.ones(mask.shape, dtype=torch.float64)
         if draws.sampler_logp is not None:
             logps = measured.policy_logp, draws.sampler_logp, mask
-            whole = prefix_weights(*logps)
             prefix = prefix_weights(*logps, truncate_at=truncate_at)
-            own = prefix * token_ratios(*logps)
-            own = own if truncate_at is None else own.clamp(max=truncate_at)
+            own = prefix_weights(*logps, truncate_at=truncate_at, own_token=True)
             last = mask.sum(1, keepdim=True) - 1
-            cut = int((whole > prefix)[mask].sum())
+            whole = prefix_weights(*logps, own_token=True)
+            cut = 0 if truncate_at is None else int((whole > truncate_at)[mask].sum())
             return cls(prefix, own, own.gather(1, last).squeeze(1), False, cut)
         if draws.sampler_response_logp is not None:
             policy_logp = (measured.policy_logp * mask).sum(1)
@@ -189,7 +187,8 @@ class Accumulator:
             # cv averages the weights q(y)/π(y): a few heavy ones count for all.
             rests_on_weights = estimator.claims.needs == "log_ratio"
             freedom = self.ess_ref - 1 if rests_on_weights else math.inf
-            results[name] = self._estimate(total, estimator.claims.unbiased, negative, freedom)
+            unbiased = estimator.claims.unbiased and not self.totals.cut_weights
+            results[name] = self._estimate(total, unbiased, negative, freedom)
         return results
 
     def _fitted(self, estimator: ControlVariateEstimator) -> Tensor:
