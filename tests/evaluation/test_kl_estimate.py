@@ -168,6 +168,11 @@ def test_sampling_goes_on_until_the_error_is_small_enough_or_the_limit_is_reache
         policy, ref, colours, PROMPTS, target_stderr=wanted / 1e6, max_samples=128, **settings
     )
     assert stopped.n == 128
+    settings["num_samples"] = 256
+    at_once = estimate_kl(
+        policy, ref, colours, PROMPTS, target_stderr=wanted / 1e6, max_samples=100, **settings
+    )
+    assert at_once.n == 100
     assert any("not yet" in note for note in stopped.notes)
 
 
@@ -288,6 +293,7 @@ def test_contexts_are_the_prefixes_with_the_largest_kl(policy, ref, colours, enu
     ("settings", "complaint"),
     [
         ({"num_samples": 0}, "num_samples=0: must be at least 1"),
+        ({"max_samples": -5}, "max_samples=-5: must be at least 1"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"batch_size": -1}, "batch_size=-1"),
         ({"temperature": 0.0}, "temperature=0.0"),

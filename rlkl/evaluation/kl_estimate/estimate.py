@@ -9,7 +9,12 @@ from transformers import PreTrainedTokenizerBase
 
 from rlkl.evaluation.eval_mode import eval_mode
 from rlkl.evaluation.kl_estimate.accumulate import MAX_POSITIONS, Accumulator, Weights
-from rlkl.evaluation.kl_estimate.draws import Draws, ResponseSource, SampledResponses
+from rlkl.evaluation.kl_estimate.draws import (
+    Draws,
+    ResponseSource,
+    SampledResponses,
+    check_positive,
+)
 from rlkl.evaluation.kl_estimate.measure import Context, Measured, VocabularySums, measure
 from rlkl.evaluation.kl_estimate.report import (
     KLReport,
@@ -43,14 +48,22 @@ class Settings:
     target_stderr: float | None = None
     """In nats per response: stop once the headline's standard error is this small."""
     min_samples: int = 256
-    """Not before that many responses."""
+    """Not before that many responses, unless `max_samples` are fewer."""
+    max_samples: int = 65_536
+    """With `target_stderr`: stop here in any case."""
     headline: str = "rb"
     """The token-level estimator to quote and to stop by."""
     estimand: Estimand = Estimand.POPULATION
     truncate_at: float | None = None
     """Largest importance weight of responses that another policy sampled; None: not cut."""
 
+    @property
+    def limit(self) -> int:
+        """Most responses to sample."""
+        return self.min_samples if self.target_stderr is None else self.max_samples
+
     def __post_init__(self) -> None:
+        check_positive(num_samples=self.min_samples, max_samples=self.max_samples)
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature}: must be positive and finite")
         if self.target_stderr is not None and not 0 < self.target_stderr < float("inf"):
@@ -305,13 +318,14 @@ def estimate_kl(
         temperature=temperature,
         target_stderr=target_stderr,
         min_samples=num_samples,
+        max_samples=max_samples,
         headline=headline,
         estimand=Estimand(estimand),
     )
     source = SampledResponses(
         pair,
         prompts,
-        limit=num_samples if target_stderr is None else max(num_samples, max_samples),
+        limit=settings.limit,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
