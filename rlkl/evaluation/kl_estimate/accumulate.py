@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -137,15 +136,15 @@ class Accumulator:
                 **{_sum_of(name): value for name, value in values.items()},
             },
         )
-        totals, ref_weight = self.totals, weights.response + statistics.excess
+        totals, ref_over_policy = self.totals, 1 + torch.expm1(-measured.k["k1"].sum(1))
         totals.n += len(mask)
         totals.tokens += int(mask.sum())
         totals.truncated += int((~draws.responses.ended).sum())
         totals.cut_weights += weights.cut
         totals.weight += float(weights.response.sum())
         totals.weight_squared += float(weights.response.square().sum())
-        totals.ref_weight += float(ref_weight.sum())
-        totals.ref_weight_squared += float(ref_weight.square().sum())
+        totals.ref_weight += float(ref_over_policy.sum())
+        totals.ref_weight_squared += float(ref_over_policy.square().sum())
         for name, value in values.items():
             below = int((value < 0).sum())
             totals.negative[name] = totals.negative.get(name, 0) + below
@@ -223,8 +222,8 @@ class Accumulator:
         counts = self.sums["n"]
         return ratio(self.sums[_sum_of(name)], counts, counts, self.units)
 
-    def control(self, name: Literal["cv", "k3"]) -> Interval:
-        """What cv or k3 adds to k1, in nats per response: q/π - 1 of each response or token.
+    def control(self, name: str) -> Interval:
+        """What cv or k3, by its name, adds to k1, in nats per response: q/π - 1 of each response or token.
 
         Its expectation is 0. A mean that is not says how far the estimate is off.
         """
@@ -256,7 +255,7 @@ class Accumulator:
 
     @property
     def ess_ref(self) -> float:
-        """The same of q(y)/π(y), times the sampler's weight."""
+        """The same of q(y)/π(y)."""
         return _ess(self.totals.ref_weight, self.totals.ref_weight_squared)
 
 

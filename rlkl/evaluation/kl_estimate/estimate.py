@@ -248,18 +248,18 @@ class KLEstimation:
     def _control_notes(self) -> list[str]:
         """Says where the reference's mass was not drawn: equal weights near 0 have a large ess."""
         notes = []
-        for name, who, what in (
-            ("cv", "cv and cv_fitted rest on the weights q(y)/π(y)", "1"),
-            ("k3", "k3 rests on the weights q(y_t|h_t)/π(y_t|h_t) of the tokens", "1 each"),
+        for name, weights in (
+            ("cv", "cv and cv_fitted rest on the weights q(y)/π(y)"),
+            ("k3", "k3 rests on the weights q(y_t|h_t)/π(y_t|h_t) of the tokens"),
         ):
             control = self.accumulator.control(name)
             mean, half = float(control.mean), float(control.half_width)
             if not abs(mean) <= max(_TRUSTED_CONTROL, 2 * half):
                 notes.append(
-                    f"{who}, which should be {what} in the mean: in the sum over a response they "
-                    f"miss that by {mean:.3g} ± {half:.2g}, and the estimate is off by about as "
-                    "many nats, whatever its interval says. What the reference would rather say "
-                    "is hardly ever drawn."
+                    f"{weights}, which should be 1 in the mean. Summed over a response they miss "
+                    f"that by {mean:.3g} ± {half:.2g}, and the estimate is off by about as many "
+                    "nats, whatever its interval says: what the reference would rather say is "
+                    "hardly ever drawn."
                 )
         return notes
 

@@ -139,7 +139,7 @@ class KLReport:
     """Effective sample size (Σw)² / Σw² of the weights w = π(y)/μ(y) that make responses of the
     sampler μ stand for the policy's; n where the policy sampled."""
     ess_ref: float
-    """The same of w = q(y)/μ(y): how far the responses stand for the reference's. Small: cv and
+    """The same of w = q(y)/π(y): how far the responses stand for the reference's. Small: cv and
     other estimates that use this weight are not to be trusted."""
     truncated_fraction: float
     """Share of responses cut at the length limit."""
