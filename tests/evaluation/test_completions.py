@@ -15,6 +15,7 @@ from rlkl.evaluation.kl_estimate import (
 )
 from rlkl.evaluation.kl_estimate.accumulate import Weights
 from rlkl.evaluation.kl_estimate.measure import measure
+from rlkl.evaluation.kl_estimate.page import write_page
 from rlkl.models import ModelPair
 
 PROMPTS = ["red", "green blue red", "blue green", "green"]
@@ -127,6 +128,8 @@ def test_cut_weights_are_counted_and_lower_the_kl(pair, colours, nearby, tmp_pat
     assert any("importance weights were cut at 1" in note for note in cut.notes)
     assert whole.best.unbiased
     assert not any(e.unbiased for e in cut.estimators.values())
+    write_page([cut], tmp_path / "cut.html")
+    assert "left:0.00%" in (tmp_path / "cut.html").read_text()  # the axis is still theirs
 
 
 def test_each_weight_is_cut_by_itself_not_the_product_of_cut_ones(pair, tmp_path):

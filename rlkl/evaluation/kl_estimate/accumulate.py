@@ -223,7 +223,7 @@ class Accumulator:
         return ratio(self.sums[_sum_of(name)], counts, counts, self.units)
 
     def control(self, name: str) -> Interval:
-        """What cv or k3, by its name, adds to k1, in nats per response: q/π - 1 of each response or token.
+        """What cv or k3 adds to k1, in nats per response: q/π - 1 of each response or token.
 
         Its expectation is 0. A mean that is not says how far the estimate is off.
         """
