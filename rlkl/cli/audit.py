@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlkl.cli.errors import fail, refusing_bad_input
+from rlkl.cli.errors import check_writable, refusing_bad_input
 from rlkl.cli.json_output import write_json
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def audit(
     json: Annotated[
         str | None, typer.Option(help="Write the audit as JSON to a file; - for standard output.")
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="Write the audit as one web page.")] = None,
+    html: Annotated[str | None, typer.Option(help="Write the audit as one web page.")] = None,
 ) -> None:
     """Is a KL term unbiased, does its gradient point the right way, how noisy is it?
 
@@ -62,19 +62,18 @@ def audit(
       rlkl audit --models mine.json --json -
     """  # noqa: D301 (typer reads the backspace: lines to be kept)
     with refusing_bad_input():
-        for target in (html, Path(json) if json not in (None, "-") else None):
-            if target is not None and not target.resolve().parent.is_dir():
-                fail(f"{target}: the folder does not exist")
+        check_writable(json, html)
         chosen = _models(models, vocab, length, seed, None if eos < 0 else eos, drift)
         from rlkl.evaluation.audit import audit as measure_all
 
-        record = measure_all(chosen, top_k=top_k, truncate_at=truncate_at)
+        with Console(stderr=True).status("differentiating every term"):
+            record = measure_all(chosen, top_k=top_k, truncate_at=truncate_at)
     if json is not None:
         write_json(record, json)
     if html is not None:
         from rlkl.evaluation.audit_page import audit_page
 
-        html.write_text(audit_page(record), encoding="utf-8")
+        Path(html).write_text(audit_page(record), encoding="utf-8")
     if json != "-":
         _print(record, Console())
         if html is not None:

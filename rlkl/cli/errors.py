@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import yaml
@@ -20,6 +21,22 @@ def refusing_bad_input() -> Iterator[None]:
         yield
     except (ValueError, OSError, yaml.YAMLError, argparse.ArgumentError) as error:
         fail(str(error))
+
+
+def check_writable(json: str | None, html: str | None) -> None:
+    """Refuses before the work, not after it, a file of `--json` or `--html` that cannot be written.
+
+    Only `--json` may be ``-``, standard output.
+    """
+    if html == "-":
+        fail("--html -: a page is not for the terminal; give the file to write it to")
+    for target in (json, html):
+        if target is not None and target != "-":
+            folder = Path(target).absolute().parent
+            if not folder.is_dir():
+                fail(f"cannot write {target}: there is no folder {folder}")
+            if Path(target).is_dir():
+                fail(f"cannot write {target}: it is a folder")
 
 
 def fail(message: str) -> NoReturn:

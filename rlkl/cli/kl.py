@@ -1,14 +1,16 @@
 """`rlkl kl`: how far one language model has moved from another, with error bars."""
 
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from rlkl.cli.errors import fail, refusing_bad_input
+from rlkl.cli.errors import check_writable, fail, refusing_bad_input
 from rlkl.cli.json_output import write_json
 from rlkl.cli.kl_tables import print_report, progress_bar
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from rlkl.evaluation.kl_estimate.draws import ResponseSource
     from rlkl.models import ModelPair
 
-DEFAULT_SAMPLES = 256
+DEFAULT_SAMPLES, DEFAULT_NEW_TOKENS, DEFAULT_MAX_SAMPLES = 256, 64, 65_536
 
 
 def kl(
@@ -47,8 +49,8 @@ def kl(
         int | None, typer.Option(help="Instead: responses to each prompt.")
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(help="Length limit; the KL is that of these tokens.")
-    ] = 64,
+        int | None, typer.Option(help="Length limit; the KL is that of these tokens. Default: 64.")
+    ] = None,
     temperature: Annotated[
         float, typer.Option(help="Of the sampling, and of both distributions.")
     ] = 1.0,
@@ -57,10 +59,15 @@ def kl(
         typer.Option(help="Go on until the standard error is this small, in nats per response."),
     ] = None,
     max_samples: Annotated[
-        int, typer.Option(help="With --target-stderr: stop here in any case.")
-    ] = 65_536,
+        int | None,
+        typer.Option(help="With --target-stderr: stop here in any case. Default: 65536."),
+    ] = None,
     estimator: Annotated[
-        str, typer.Option(help="The one to quote and to stop by; all are reported.")
+        str,
+        typer.Option(
+            help="The one to quote and to stop by: k1, k2, k3, rb, topk or topk_bucket. These and "
+            "the estimators of whole responses (cv, mcv, ht, ...) are all reported."
+        ),
     ] = "rb",
     estimand: Annotated[
         str,
@@ -95,7 +102,7 @@ def kl(
     top_p: Annotated[float | None, typer.Option(hidden=True)] = None,
     min_p: Annotated[float | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    r"""KL of one causal language model from another, by every estimator on the same responses.
+    """KL of one causal language model from another, by every estimator on the same responses.
 
     Responses are sampled from the policy; D_KL(policy ‖ ref) is reported in nats per response and
     per token, with 95% intervals that count prompts, not responses, as independent. Ctrl-C ends
@@ -106,7 +113,7 @@ def kl(
       rlkl kl --policy runs/final/policy --ref embedded --max-new-tokens 24 --html kl.html
       rlkl kl --policy org/chat-dpo --ref org/chat --prompts prompts.jsonl --target-stderr 0.1
       rlkl kl --policy org/chat-dpo --ref org/chat --completions sampled.jsonl --json -
-    """
+    """  # noqa: D301 (typer reads the backspace: lines to be kept)
     _refuse_filters({"--top-k": top_k, "--top-p": top_p, "--min-p": min_p})
     console = Console(stderr=json == "-")
     with refusing_bad_input():
@@ -118,16 +125,17 @@ def kl(
             temperature=temperature,
             target_stderr=target_stderr,
             min_samples=DEFAULT_SAMPLES if num_samples is None else num_samples,
+            max_samples=DEFAULT_MAX_SAMPLES if max_samples is None else max_samples,
             headline=estimator,
             estimand=Estimand(estimand),
             truncate_at=truncate_at,
         )
-        _check_writable(json, html)
-        texts, limit = [], 0  # for sampling only
+        check_writable(json, html)
+        texts = []  # for sampling only
         if completions is None:
             texts = _load_prompts(prompts, prompt_column)
             number = _number_of_samples(num_samples, samples_per_prompt, len(texts))
-            limit = number if target_stderr is None else max(number, max_samples)
+            settings = replace(settings, min_samples=number)
         else:
             _refuse_beside_completions(
                 {
@@ -135,7 +143,9 @@ def kl(
                     "--prompt-tokens": prompt_tokens,
                     "--num-samples": num_samples,
                     "--samples-per-prompt": samples_per_prompt,
+                    "--max-new-tokens": max_new_tokens,
                     "--target-stderr": target_stderr,
+                    "--max-samples": max_samples,
                     "--both": both or None,
                 }
             )
@@ -149,8 +159,8 @@ def kl(
             return SampledResponses(
                 pair,
                 _first_tokens(pair.tokenizer, texts, prompt_tokens),
-                limit=limit,
-                max_new_tokens=max_new_tokens,
+                limit=settings.limit,
+                max_new_tokens=DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
                 temperature=temperature,
                 seed=seed,
                 batch_size=batch_size,
@@ -196,7 +206,11 @@ def _refuse_filters(filters: dict[str, Any]) -> None:
 def _load_prompts(source: str | None, column: str) -> list[str]:
     from rlkl.data import EMBEDDED_EVAL_PROMPTS, load_prompts
 
-    return list(load_prompts(source or EMBEDDED_EVAL_PROMPTS, column)["prompt"])
+    prompts = list(load_prompts(source or EMBEDDED_EVAL_PROMPTS, column)["prompt"])
+    for number, prompt in enumerate(prompts, 1):
+        if not isinstance(prompt, str):
+            fail(f"prompt {number} of {source} is {prompt!r}; it must be a text")
+    return prompts
 
 
 def _load_models(policy: str, ref: str, dtype: str, device: str) -> Any:
@@ -210,11 +224,13 @@ def _load_models(policy: str, ref: str, dtype: str, device: str) -> Any:
     dtypes = {str(d).removeprefix("torch."): d for d in _dtypes(torch)}
     if dtype not in dtypes:
         fail(f"--dtype {dtype}: use one of {', '.join(dtypes)}")
-    kind = device.split(":")[0]
-    if kind not in ("cpu", "cuda", "mps"):
+    kind, _, number = device.partition(":")
+    if not re.fullmatch("(cpu|cuda|mps)(:[0-9]+)?", device):
         fail(f"--device {device}: use cpu, cuda, cuda:N or mps")
     if kind == "cuda" and not torch.cuda.is_available():
         fail(f"--device {device}: torch sees no CUDA device here")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        fail(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices here")
     if kind == "mps" and not torch.backends.mps.is_available():
         fail(f"--device {device}: torch sees no MPS device here")
     return load_pair(policy, ref, dtype=dtypes[dtype], device=device)
@@ -245,19 +261,6 @@ def _refuse_beside_completions(given: dict[str, Any]) -> None:
     for name, value in given.items():
         if value is not None:
             fail(f"{name} has no meaning beside --completions: nothing is sampled")
-
-
-def _check_writable(*targets: str | None) -> None:
-    """Refuses before the work, not after it, a file that cannot be written."""
-    from pathlib import Path
-
-    for target in targets:
-        if target is not None and target != "-":
-            folder = Path(target).absolute().parent
-            if not folder.is_dir():
-                fail(f"cannot write {target}: there is no folder {folder}")
-            if Path(target).is_dir():
-                fail(f"cannot write {target}: it is a folder")
 
 
 class Stop:

@@ -7,6 +7,7 @@ gradient against ∇D_KL(policy ‖ ref) of the sequence, and the variance of th
 `rlkl.evaluation.audit_terms` has the terms.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +32,9 @@ from rlkl.kl import (
     surrogate_moments,
 )
 
-MAX_RESPONSES = 2000
+MAX_DERIVATIVES = 5_000_000
+"""N·N·T·V at most: each of a term's N values by the log-probabilities [N, T, V]. Time and memory
+grow with it."""
 TOLERANCE = 1e-9
 """Relative errors below it are rounding."""
 HT_DRAWS = 8
@@ -54,23 +57,34 @@ def random_models(
     """Policy and reference with normal logits, and a sampler whose logits differ by `drift`.
 
     Raises:
-        ValueError: more responses than the audit lists.
+        ValueError: more than the audit can differentiate, or `drift` is not finite.
     """
+    _check_size(vocab_size, length, eos)
+    if not math.isfinite(drift):
+        raise ValueError(f"drift is {drift}; it must be finite")
+    policy, ref, noise = (
+        TabularLM.random(vocab_size, length, eos=eos, seed=(3 * seed + i) % 2**64) for i in range(3)
+    )
+    return Models(policy, ref, policy.with_logits(policy.logits + drift * noise.logits))
+
+
+def _check_size(vocab_size: int, length: int, eos: int | None) -> None:
+    """Refuses models that are too large before anything of them is listed."""
     if vocab_size < 2 or length < 1:
         raise ValueError(
             f"vocab is {vocab_size} and length {length}; use at least 2 tokens and length 1"
         )
-    going_on = vocab_size - (eos is not None)
-    count = sum(going_on**t for t in range(length)) * (eos is not None) + going_on**length
-    if count > MAX_RESPONSES:
-        raise ValueError(
-            f"vocab {vocab_size} and length {length} make {count} responses, all of which would be "
-            f"listed; use at most {MAX_RESPONSES}: a smaller vocab or length"
-        )
-    policy, ref, noise = (
-        TabularLM.random(vocab_size, length, eos=eos, seed=3 * seed + i) for i in range(3)
-    )
-    return Models(policy, ref, policy.with_logits(policy.logits + drift * noise.logits))
+    ended, going_on = 0, 1
+    for _ in range(length):
+        ended += going_on if eos is not None else 0
+        going_on *= vocab_size - (eos is not None)
+        responses = ended + going_on
+        if responses**2 * length * vocab_size > MAX_DERIVATIVES:
+            raise ValueError(
+                f"vocab {vocab_size} and length {length} make at least {responses} responses, all "
+                "of which would be listed and differentiated, N·N·T·V derivatives of at most "
+                f"{MAX_DERIVATIVES:,}: use a smaller vocab or length"
+            )
 
 
 def models_from_json(record: dict[str, Any]) -> Models:
@@ -80,7 +94,8 @@ def models_from_json(record: dict[str, Any]) -> Models:
     "sampler" is optional and is the policy where it is missing.
 
     Raises:
-        ValueError: a key is missing or unknown, or the logits are not the rows of such a model.
+        ValueError: a key is missing or unknown, the logits are not the finite rows of such a model,
+            or it is larger than the audit can differentiate.
     """
     known, needed = {"length", "eos", "policy", "ref", "sampler"}, {"length", "policy", "ref"}
     if not isinstance(record, dict) or not needed <= record.keys() <= known:
@@ -90,17 +105,36 @@ def models_from_json(record: dict[str, Any]) -> Models:
             f"has {keys}"
         )
 
+    length, eos = record["length"], record.get("eos")
+    if type(length) is not int:
+        raise ValueError(f"length is {length!r}; it must be an integer")
+    if eos is not None and type(eos) is not int:
+        raise ValueError(f"eos is {eos!r}; it must be a token's number, or null")
+
     def model(name: str) -> TabularLM:
         try:
             logits = torch.tensor(record[name], dtype=torch.float64)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise ValueError(f"{name} is not a table of numbers: {error}") from error
         if logits.ndim != 2:
             raise ValueError(f"{name} has {logits.ndim} dimensions; use one row of logits a prefix")
-        return TabularLM(logits, record["length"], record.get("eos"))
+        if not logits.isfinite().all():
+            raise ValueError(
+                f"{name} has logits that are not finite: gradients need every token to be "
+                "possible; use a low one, such as -30, where one hardly is"
+            )
+        _check_size(logits.shape[1], length, eos)
+        return TabularLM(logits, length, eos)
 
     policy, ref = model("policy"), model("ref")
-    return Models(policy, ref, model("sampler") if "sampler" in record else policy)
+    models = Models(policy, ref, model("sampler") if "sampler" in record else policy)
+    for name, lm in (("ref", ref), ("sampler", models.sampler)):
+        if lm.logits.shape != policy.logits.shape:
+            raise ValueError(
+                f"{name} has logits of {lm.logits.shape[1]} tokens and policy of "
+                f"{policy.logits.shape[1]}; all models need the same vocabulary"
+            )
+    return models
 
 
 def audit(models: Models, *, top_k: int = 2, truncate_at: float = 1.5) -> dict[str, Any]:
@@ -120,6 +154,8 @@ def audit(models: Models, *, top_k: int = 2, truncate_at: float = 1.5) -> dict[s
     Raises:
         ValueError: the models have different responses, or `top_k` or `truncate_at` is below 1.
     """
+    if not truncate_at >= 1:
+        raise ValueError(f"truncate_at is {truncate_at}; it must be at least 1")
     exact, gradient = exact_kl(models.policy, models.ref), exact_gradient(models.policy, models.ref)
     on, off = replace(models, sampler=models.policy), models
 

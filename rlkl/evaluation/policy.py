@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from reward_models import RewardModel
+from rlkl.evaluation.eval_mode import eval_mode
 from rlkl.kl import mean_and_stderr
 from rlkl.rollout import (
     Rollout,
@@ -54,7 +55,7 @@ def evaluate_policy(
 
     Args:
         policy: the policy, in eval mode while this runs.
-        ref_model: the reference; None means the policy with its PEFT adapter off.
+        ref_model: the reference, likewise; None means the policy with its PEFT adapter off.
         tokenizer: the policy's.
         prompts: held-out prompts.
         reward: the reward model.
@@ -65,22 +66,20 @@ def evaluate_policy(
         batch_size: responses per pass.
         on_batch: called with the number of responses sampled in each batch.
     """
-    was_training = policy.training
-    policy.eval()
-    responses = sample_responses(
-        policy,
-        tokenizer,
-        prompts,
-        max_new_tokens,
-        temperature=temperature,
-        generator=torch.Generator(device=next(policy.parameters()).device).manual_seed(seed),
-        batch_size=batch_size,
-        on_batch=on_batch,
-    )
-    tokens = token_statistics(
-        policy, ref_model, responses, temperature=temperature, batch_size=batch_size
-    )
-    policy.train(was_training)
+    with eval_mode(policy, ref_model):
+        responses = sample_responses(
+            policy,
+            tokenizer,
+            prompts,
+            max_new_tokens,
+            temperature=temperature,
+            generator=torch.Generator(device=next(policy.parameters()).device).manual_seed(seed),
+            batch_size=batch_size,
+            on_batch=on_batch,
+        )
+        tokens = token_statistics(
+            policy, ref_model, responses, temperature=temperature, batch_size=batch_size
+        )
     rollout = collect_rollout(responses, reward, tokens, judges)
     mean, stderr = mean_and_stderr((rollout.scores > 0).float())
     return Evaluation(summarise(rollout), (float(mean), float(stderr)), rollout)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from rlkl.evaluation.eval_mode import eval_mode
 from rlkl.evaluation.judge import Judge
 from rlkl.evaluation.text import distinct_n, rouge_l, self_bleu
 from rlkl.rollout import (
@@ -73,43 +74,41 @@ def evaluate_student(
             once when sampled, once when the sample is measured, once for its completion if it has
             one, once for the judge's verdict if there is a judge.
     """
-    was_training = student.training
-    student.eval()
-    answered = [i for i, completion in enumerate(completions) if completion.strip()]
-    samples = sample_responses(
-        student,
-        tokenizer,
-        list(prompts),
-        max_new_tokens,
-        temperature=temperature,
-        generator=torch.Generator(device=next(student.parameters()).device).manual_seed(seed),
-        batch_size=batch_size,
-        max_prompt_length=max_prompt_length,
-        vocab_size=vocab_size,
-        on_batch=on_batch,
-    )
-    sets = {"own": samples}
-    if answered:
-        sets["held_out"] = given_responses(
-            tokenizer,
-            [prompts[i] for i in answered],
-            [completions[i] for i in answered],
-            max_new_tokens,
-            max_prompt_length=max_prompt_length,
-            device=samples.tokens.device,
-        )
-    metrics, records = {}, {}
-    for name, responses in sets.items():
-        record = records[name] = divergence_statistics(
+    with eval_mode(student, teacher):
+        answered = [i for i, completion in enumerate(completions) if completion.strip()]
+        samples = sample_responses(
             student,
-            teacher,
-            responses,
-            vocab_size=vocab_size,
+            tokenizer,
+            list(prompts),
+            max_new_tokens,
+            temperature=temperature,
+            generator=torch.Generator(device=next(student.parameters()).device).manual_seed(seed),
             batch_size=batch_size,
+            max_prompt_length=max_prompt_length,
+            vocab_size=vocab_size,
             on_batch=on_batch,
         )
-        metrics |= {f"{name}/{k}": v for k, v in summarise_divergences(record).items()}
-    student.train(was_training)
+        sets = {"own": samples}
+        if answered:
+            sets["held_out"] = given_responses(
+                tokenizer,
+                [prompts[i] for i in answered],
+                [completions[i] for i in answered],
+                max_new_tokens,
+                max_prompt_length=max_prompt_length,
+                device=samples.tokens.device,
+            )
+        metrics, records = {}, {}
+        for name, responses in sets.items():
+            record = records[name] = divergence_statistics(
+                student,
+                teacher,
+                responses,
+                vocab_size=vocab_size,
+                batch_size=batch_size,
+                on_batch=on_batch,
+            )
+            metrics |= {f"{name}/{k}": v for k, v in summarise_divergences(record).items()}
     metrics["prompts"] = float(len(samples))
     metrics |= text_metrics(samples.texts, [completions[i] for i in answered], answered)
     if answered:

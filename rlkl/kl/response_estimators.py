@@ -235,7 +235,7 @@ class HorvitzThompson(ResponseEstimator):
                 "with which each was drawn: sample from the policy, or use mcv"
             )
         draws = len(groups)
-        prob = statistics.policy_logp.exp()
+        prob = statistics.policy_logp.clamp(max=0).exp()  # rounding may leave log π(y) above 0
         drawn = -torch.expm1(draws * torch.log1p(-prob))
         # As π(y) goes to 0 the ratio goes to 1; exp underflows to 0 first.
         ratio = torch.where(prob > 0, draws * prob / drawn.where(prob > 0, 1.0), 1.0)

@@ -64,13 +64,20 @@ def test_models_of_the_users_own(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--vocab", "20", "--length", "9"], "would be listed"),
+        (["--vocab", "20", "--length", "9"], "use a smaller vocab or length"),
+        (["--vocab", "2000", "--length", "1"], "use a smaller vocab or length"),
+        (["--length", "1000000000000"], "use a smaller vocab or length"),
+        (["--drift", "nan"], "drift is nan"),
+        (["--truncate-at", "nan"], "truncate_at is nan"),
         (["--vocab", "x"], "--vocab"),
         (["--truncate-at", "0.1"], "truncate_at is 0.1"),
         (["--top-k", "0"], "k is 0"),
         (["--eos", "7"], "eos is 7"),
         (["--models", "none.json"], "none.json"),
-        (["--html", "no/such/folder.html"], "the folder does not exist"),
+        (["--html", "no/such/folder.html"], "there is no folder"),
+        (["--html", "."], "it is a folder"),
+        (["--html", "-"], "give the file"),
+        (["--json", "."], "it is a folder"),
     ],
 )
 def test_nonsense_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, words, message):

@@ -127,6 +127,7 @@ def test_completions_are_replayed(monkeypatch, tmp_path, capsys, models):
     file = tmp_path / "c.jsonl"
     row = {"prompt": "the film", "completion": "was good", "logprobs": [-1.0, -2.0]}
     file.write_text(3 * (json.dumps(row) + "\n"))
+    models = models[:4]  # without --max-new-tokens
     assert run(monkeypatch, *models, "--completions", str(file), "--json", "-") == 0
     record = json.loads(capsys.readouterr().out)
     assert record["n"] == 3
@@ -141,15 +142,18 @@ def test_completions_are_replayed(monkeypatch, tmp_path, capsys, models):
         (["--top-k", "5"], "truncated sampler is another policy"),
         (["--num-samples", "0"], "must be at least 1"),
         (["--num-samples", "nonsense"], "num-samples"),
+        (["--max-samples", "-5"], "max_samples=-5: must be at least 1"),
         (["--num-samples", "3", "--samples-per-prompt", "2"], "exclude each other"),
         (["--temperature", "-1"], "temperature=-1.0"),
         (["--estimator", "k9"], "use one of k1"),
         (["--estimand", "all"], "use one of population, given_prompts"),
         (["--dtype", "int8"], "use one of float32"),
         (["--device", "tpu"], "use cpu, cuda"),
+        (["--device", "cpu:abc"], "use cpu, cuda"),
         (["--prompts", "nowhere.txt"], "no such file of prompts"),
-        (["--completions", "nowhere.jsonl"], "no such file of completions"),
-        (["--completions", "c.jsonl", "--both"], "--both has no meaning beside --completions"),
+        (["--completions", "c.jsonl"], "--max-new-tokens has no meaning beside --completions"),
+        (["--html", "-"], "give the file"),
+        (["--html", "/"], "it is a folder"),
         (["--json", "/nowhere/kl.json"], "there is no folder /nowhere"),
         (["--prompt-tokens", "0"], "must be at least 1"),
         (["--max-new-tokens", "100"], "the models take 64 in all"),
@@ -164,11 +168,51 @@ def test_nonsense_is_one_line_and_exit_code_2(monkeypatch, capsys, models, words
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "words", [["--both"], ["--max-samples", "9"], ["--target-stderr", "1"], ["--num-samples", "9"]]
+)
+def test_options_of_sampling_are_refused_beside_completions(monkeypatch, capsys, models, words):
+    assert run(monkeypatch, *models[:4], "--completions", "c.jsonl", *words) == 2
+    assert f"{words[0]} has no meaning beside --completions" in capsys.readouterr().err
+
+
+def test_a_file_of_completions_that_is_not_there_is_one_line(monkeypatch, capsys, models):
+    assert run(monkeypatch, *models[:4], "--completions", "nowhere.jsonl") == 2
+    assert capsys.readouterr().err.startswith("error: no such file of completions")
+
+
+@pytest.mark.parametrize("prompt", [["a"], 3])
+def test_a_prompt_that_is_no_text_is_refused(monkeypatch, capsys, tmp_path, models, prompt):
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps({"prompt": prompt}) + "\n")
+    assert run(monkeypatch, *models, "--prompts", str(file)) == 2
+    assert f"is {prompt!r}; it must be a text" in capsys.readouterr().err
+
+
+def test_max_samples_ends_the_sampling_in_any_case(monkeypatch, capsys, models, prompts):
+    words = ["--prompts", prompts, "--target-stderr", "1e-9", "--max-samples", "5", "--json", "-"]
+    assert run(monkeypatch, *models, *words) == 0
+    assert json.loads(capsys.readouterr().out)["n"] == 5
+
+
+@pytest.mark.parametrize("seed", [10**20, -1])
+def test_any_integer_is_a_seed(monkeypatch, capsys, models, prompts, seed):
+    words = ["--prompts", prompts, "--num-samples", "2", "--seed", str(seed), "--json", "-"]
+    assert run(monkeypatch, *models, *words) == 0
+    assert json.loads(capsys.readouterr().out)["seed"] == seed
+
+
 def test_models_that_are_not_there_are_one_line(monkeypatch, capsys):
     assert run(monkeypatch, "--policy", "/nowhere/model", "--ref", "embedded") == 2
     assert capsys.readouterr().err == "error: no such model folder: /nowhere/model\n"
 
 
 def test_help_shows_an_example(monkeypatch, capsys):
+    from rlkl.kl import ESTIMATORS
+
+    monkeypatch.setenv("COLUMNS", "200")
     assert run(monkeypatch, "--help") == 0
-    assert "rlkl kl --policy" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "rlkl kl --policy" in out
+    assert "\\b" not in out
+    assert all(name in out for name in ESTIMATORS)  # that --estimator may name

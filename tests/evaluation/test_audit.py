@@ -1,6 +1,7 @@
 """The audit's figures against what the tests of rlkl.kl prove, and its page."""
 
 import itertools
+import math
 import re
 
 import pytest
@@ -182,6 +183,17 @@ GOOD = {"length": 1, "policy": [[0.0, 1.0]], "ref": [[0.0, 0.0]]}
         (GOOD | {"policy": "x"}, "policy is not a table of numbers"),
         (GOOD | {"ref": [1.0]}, "ref has 1 dimensions"),
         (GOOD | {"length": 2}, "make 3 prefixes"),
+        (GOOD | {"length": "3"}, "length is '3'; it must be an integer"),
+        (GOOD | {"length": 1.0}, "length is 1.0; it must be an integer"),
+        (GOOD | {"length": 0}, "length 0"),
+        (GOOD | {"length": 40, "policy": [[0.0] * 3]}, "use a smaller vocab or length"),
+        (GOOD | {"eos": "a"}, "eos is 'a'"),
+        (GOOD | {"eos": 2}, "eos is 2"),
+        (GOOD | {"policy": [[0.0, math.nan]]}, "policy has logits that are not finite"),
+        (GOOD | {"ref": [[0.0, -math.inf]]}, "ref has logits that are not finite"),
+        (GOOD | {"policy": [[]]}, "vocab is 0"),
+        (GOOD | {"policy": [[10**400]]}, "policy is not a table of numbers"),
+        (GOOD | {"sampler": [[0.0] * 3]}, "sampler has logits of 3 tokens and policy of 2"),
     ],
 )
 def test_a_wrong_model_file_is_refused_by_what_is_wrong(record, message):
@@ -191,7 +203,13 @@ def test_a_wrong_model_file_is_refused_by_what_is_wrong(record, message):
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
-    [((10, 6), "all of which would be listed"), ((1, 3), "vocab is 1"), ((3, 0), "length 0")],
+    [
+        ((10, 6), "use a smaller vocab or length"),
+        ((10, 3), "use a smaller vocab or length"),
+        ((45, 2), "use a smaller vocab or length"),
+        ((1, 3), "vocab is 1"),
+        ((3, 0), "length 0"),
+    ],
 )
 def test_models_that_cannot_be_listed_are_refused(sizes, message):
     with pytest.raises(ValueError, match=message):

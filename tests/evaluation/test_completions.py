@@ -1,6 +1,7 @@
 """Replay: given responses are scored as sampled ones are, weighted where the sampler is known."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from rlkl.evaluation.kl_estimate import (
     SampledResponses,
     Settings,
 )
+from rlkl.evaluation.kl_estimate.accumulate import Weights
 from rlkl.evaluation.kl_estimate.measure import measure
+from rlkl.evaluation.kl_estimate.page import write_page
 from rlkl.models import ModelPair
 
 PROMPTS = ["red", "green blue red", "blue green", "green"]
@@ -123,6 +126,24 @@ def test_cut_weights_are_counted_and_lower_the_kl(pair, colours, nearby, tmp_pat
     assert 0.1 < cut.truncated_weights < 0.9
     assert cut.best.nats_per_response < whole.best.nats_per_response
     assert any("importance weights were cut at 1" in note for note in cut.notes)
+    assert whole.best.unbiased
+    assert not any(e.unbiased for e in cut.estimators.values())
+    write_page([cut], tmp_path / "cut.html")
+    assert "left:0.00%" in (tmp_path / "cut.html").read_text()  # the axis is still theirs
+
+
+def test_each_weight_is_cut_by_itself_not_the_product_of_cut_ones(pair, tmp_path):
+    """W_2, W_3, W_4 = 10, 10/9, 10/9 with c = 2 are 2, 10/9, 10/9."""
+    ratios = torch.tensor([10.0, 1 / 9, 1.0]).double()
+    path = write(tmp_path / "c.jsonl", [{"prompt": "red", "completion_ids": [1, 2, 3]}])
+    draws = next(ReplayedResponses(pair, path, batch_size=1).batches())
+    measured = measure(pair, draws.responses, 1.0)
+    draws = replace(draws, sampler_logp=measured.policy_logp - ratios.log())
+    weights = Weights.of(draws, measured, truncate_at=2.0)
+    torch.testing.assert_close(weights.own[0], torch.tensor([2.0, 10 / 9, 10 / 9]).double())
+    torch.testing.assert_close(weights.prefix[0], torch.tensor([1.0, 2.0, 10 / 9]).double())
+    assert weights.response.tolist() == pytest.approx([10 / 9])
+    assert weights.cut == 1
 
 
 def test_text_is_tokenized_and_a_finished_one_ends_in_the_end_of_text(pair, colours, tmp_path):

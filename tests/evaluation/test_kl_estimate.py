@@ -168,7 +168,36 @@ def test_sampling_goes_on_until_the_error_is_small_enough_or_the_limit_is_reache
         policy, ref, colours, PROMPTS, target_stderr=wanted / 1e6, max_samples=128, **settings
     )
     assert stopped.n == 128
+    settings["num_samples"] = 256
+    at_once = estimate_kl(
+        policy, ref, colours, PROMPTS, target_stderr=wanted / 1e6, max_samples=100, **settings
+    )
+    assert at_once.n == 100
     assert any("not yet" in note for note in stopped.notes)
+
+
+@torch.no_grad()
+def context_free(model, logits: list[float]) -> None:
+    """Gives every prefix these logits."""
+    model.transformer.ln_f.weight.zero_()
+    model.transformer.ln_f.bias.copy_(torch.eye(32)[0])
+    model.lm_head.weight[:, 0] = torch.tensor(logits)
+
+
+def test_a_policy_that_never_draws_what_the_reference_says_is_warned_of(policy, ref, colours):
+    """All weights q/π are equally near 0, so that their effective sample size sees nothing."""
+    settings = {"num_samples": 128, "max_new_tokens": T}
+    fine = estimate_kl(policy, ref, colours, PROMPTS, **settings)
+    assert not any("1 in the mean" in note for note in fine.notes)
+    context_free(policy, [0.0, 20.0, 0.0, 0.0])
+    context_free(ref, [0.0, -3.0, 0.0, 0.0])
+    report = estimate_kl(policy, ref, colours, PROMPTS, **settings)
+    assert report.ess_ref == pytest.approx(128)
+    for name, note in (("cv", "cv and cv_fitted rest on"), ("k3", "k3 rests on")):
+        off = report.estimators[name].nats_per_response - report.best.nats_per_response
+        assert off < -0.9
+        (warning,) = (n for n in report.notes if n.startswith(note))
+        assert f"miss that by {off:.3g}" in warning
 
 
 # --- what it does not depend on -----------------------------------------------------------------
@@ -221,6 +250,14 @@ def test_the_models_are_left_in_the_mode_they_were_in(policy, ref, colours):
     assert policy.training
     assert not ref.training
 
+    def stop(estimation: KLEstimation) -> None:
+        assert not policy.training
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        estimate_kl(policy, ref, colours, PROMPTS, num_samples=4, max_new_tokens=T, on_batch=stop)
+    assert policy.training
+
 
 # --- where it comes from ------------------------------------------------------------------------
 
@@ -256,6 +293,7 @@ def test_contexts_are_the_prefixes_with_the_largest_kl(policy, ref, colours, enu
     ("settings", "complaint"),
     [
         ({"num_samples": 0}, "num_samples=0: must be at least 1"),
+        ({"max_samples": -5}, "max_samples=-5: must be at least 1"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"batch_size": -1}, "batch_size=-1"),
         ({"temperature": 0.0}, "temperature=0.0"),

@@ -42,16 +42,20 @@ def test_references_are_measured_where_they_are_and_samples_everywhere(models, t
 def test_the_seed_fixes_the_draws_and_the_mode_is_given_back(models, tokenizer):
     student, teacher = models
     student.train()
+    teacher.train()
     arguments = (student, teacher, tokenizer, PROMPTS, COMPLETIONS, 6)
     first = evaluate_student(*arguments, seed=3)
     assert first.samples.texts == evaluate_student(*arguments, seed=3).samples.texts
     assert first.samples.texts != evaluate_student(*arguments, seed=4).samples.texts
     assert student.training
+    assert teacher.training
 
 
 def test_a_student_that_is_its_teacher_is_at_no_distance(models, tokenizer):
-    _, teacher = models
-    metrics = evaluate_student(teacher, teacher, tokenizer, PROMPTS, COMPLETIONS, 6).metrics
+    student, teacher = models
+    student.load_state_dict(teacher.state_dict())
+    teacher.train()  # its dropout would be a distance
+    metrics = evaluate_student(student, teacher, tokenizer, PROMPTS, COMPLETIONS, 6).metrics
     assert metrics["held_out/divergence/fkl"] == metrics["own/divergence/rkl_per_response"] == 0
 
 

@@ -346,6 +346,14 @@ def test_ht_of_improbable_responses_is_k1():
     assert values.tolist() == [1, 1, 3]  # and a certain one counts for all three draws
 
 
+def test_ht_of_a_certain_response_bears_a_rounding_error_above_one():
+    zeros = torch.zeros(2)
+    statistics = ResponseStatistics(
+        torch.ones(2), zeros, zeros, zeros[:, None], torch.tensor([3e-8, 3e-8])
+    )
+    assert get_response_estimator("ht")(statistics, torch.tensor([0, 0])).tolist() == [1, 1]
+
+
 def test_ht_refuses_responses_of_another_policy(tiny):
     statistics = every_response(*tiny)
     with pytest.raises(ValueError, match="use mcv"):

@@ -20,7 +20,6 @@ from rlkl.kl import (
     ResponseStatistics,
     TopKBucketEstimator,
     prefix_weights,
-    token_ratios,
 )
 
 _FOLDS = 5
@@ -46,7 +45,7 @@ class Weights:
     """[B]"""
     on_policy: bool
     cut: int = 0
-    """How many of the W_t at real tokens were cut at `truncate_at`."""
+    """How many of the W_{t+1} of real tokens were cut at `truncate_at`."""
 
     @classmethod
     def of(cls, draws: Draws, measured: Measured, truncate_at: float | None) -> "Weights":
@@ -59,12 +58,11 @@ class Weights:
         ones = torch.ones(mask.shape, dtype=torch.float64)
         if draws.sampler_logp is not None:
             logps = measured.policy_logp, draws.sampler_logp, mask
-            whole = prefix_weights(*logps)
             prefix = prefix_weights(*logps, truncate_at=truncate_at)
-            own = prefix * token_ratios(*logps)
-            own = own if truncate_at is None else own.clamp(max=truncate_at)
+            own = prefix_weights(*logps, truncate_at=truncate_at, own_token=True)
             last = mask.sum(1, keepdim=True) - 1
-            cut = int((whole > prefix)[mask].sum())
+            whole = prefix_weights(*logps, own_token=True)
+            cut = 0 if truncate_at is None else int((whole > truncate_at)[mask].sum())
             return cls(prefix, own, own.gather(1, last).squeeze(1), False, cut)
         if draws.sampler_response_logp is not None:
             policy_logp = (measured.policy_logp * mask).sum(1)
@@ -133,6 +131,8 @@ class Accumulator:
                 "position_length": alive,
                 "position_rb": weighted["rb"],
                 "position_k1": weighted["k1"],
+                "control_cv": statistics.excess,
+                "control_k3": (weights.own * torch.expm1(-measured.k["k1"])).sum(1),
                 **{_sum_of(name): value for name, value in values.items()},
             },
         )
@@ -186,7 +186,8 @@ class Accumulator:
             # cv averages the weights q(y)/π(y): a few heavy ones count for all.
             rests_on_weights = estimator.claims.needs == "log_ratio"
             freedom = self.ess_ref - 1 if rests_on_weights else math.inf
-            results[name] = self._estimate(total, estimator.claims.unbiased, negative, freedom)
+            unbiased = estimator.claims.unbiased and not self.totals.cut_weights
+            results[name] = self._estimate(total, unbiased, negative, freedom)
         return results
 
     def _fitted(self, estimator: ControlVariateEstimator) -> Tensor:
@@ -220,6 +221,14 @@ class Accumulator:
         """Mean and error of one token-level estimator, for a stopping rule."""
         counts = self.sums["n"]
         return ratio(self.sums[_sum_of(name)], counts, counts, self.units)
+
+    def control(self, name: str) -> Interval:
+        """What cv or k3 adds to k1, in nats per response: q/π - 1 of each response or token.
+
+        Its expectation is 0. A mean that is not says how far the estimate is off.
+        """
+        counts = self.sums["n"]
+        return ratio(self.sums[f"control_{name}"], counts, counts, self.units)
 
     def profile(self) -> Profile:
         """D_t and u_t by position."""

@@ -7,8 +7,14 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from rlkl.evaluation.eval_mode import eval_mode
 from rlkl.evaluation.kl_estimate.accumulate import MAX_POSITIONS, Accumulator, Weights
-from rlkl.evaluation.kl_estimate.draws import Draws, ResponseSource, SampledResponses
+from rlkl.evaluation.kl_estimate.draws import (
+    Draws,
+    ResponseSource,
+    SampledResponses,
+    check_positive,
+)
 from rlkl.evaluation.kl_estimate.measure import Context, Measured, VocabularySums, measure
 from rlkl.evaluation.kl_estimate.report import (
     KLReport,
@@ -26,6 +32,9 @@ _KEPT_SAMPLES = 8
 _TOP_TOKENS = 20
 _TRUSTED_ESS = 0.1
 """Below this share of the responses an effective sample size is worth a warning."""
+_TRUSTED_CONTROL = 0.01
+"""Nats per response: a control variate whose mean is this near to the 0 it should be is left alone;
+above, twice the 95% interval decides."""
 _MIN_SAMPLES = 64
 """Before this many responses a standard error is too rough to stop by."""
 
@@ -39,14 +48,22 @@ class Settings:
     target_stderr: float | None = None
     """In nats per response: stop once the headline's standard error is this small."""
     min_samples: int = 256
-    """Not before that many responses."""
+    """Not before that many responses, unless `max_samples` are fewer."""
+    max_samples: int = 65_536
+    """With `target_stderr`: stop here in any case."""
     headline: str = "rb"
     """The token-level estimator to quote and to stop by."""
     estimand: Estimand = Estimand.POPULATION
     truncate_at: float | None = None
     """Largest importance weight of responses that another policy sampled; None: not cut."""
 
+    @property
+    def limit(self) -> int:
+        """Most responses to sample."""
+        return self.min_samples if self.target_stderr is None else self.max_samples
+
     def __post_init__(self) -> None:
+        check_positive(num_samples=self.min_samples, max_samples=self.max_samples)
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature}: must be positive and finite")
         if self.target_stderr is not None and not 0 < self.target_stderr < float("inf"):
@@ -197,8 +214,11 @@ class KLEstimation:
                 "cv and cv_fitted rest on the weights q(y)/π(y), whose effective sample size is "
                 f"{accumulator.ess_ref:.0f} of {totals.n}: the few responses that would matter "
                 "most are hardly ever drawn, and their errors are larger than they say; the "
-                "intervals are as wide as so few responses make them."
+                "intervals are as wide as so few responses make them. k3 rests on the same "
+                "weights, token by token."
             )
+        if not totals.cut_weights:
+            notes += self._control_notes()
         if accumulator.ess < _TRUSTED_ESS * totals.n:
             notes.append(
                 "The policy is far from the sampler: the effective sample size is "
@@ -222,6 +242,24 @@ class KLEstimation:
                     f"The standard error is {reached:.2g}, not yet {target:g}, after {totals.n} "
                     "responses. Where more responses no longer help, the prompts themselves "
                     "differ by that much: use more prompts, or estimand given_prompts."
+                )
+        return notes
+
+    def _control_notes(self) -> list[str]:
+        """Says where the reference's mass was not drawn: equal weights near 0 have a large ess."""
+        notes = []
+        for name, weights in (
+            ("cv", "cv and cv_fitted rest on the weights q(y)/π(y)"),
+            ("k3", "k3 rests on the weights q(y_t|h_t)/π(y_t|h_t) of the tokens"),
+        ):
+            control = self.accumulator.control(name)
+            mean, half = float(control.mean), float(control.half_width)
+            if not abs(mean) <= max(_TRUSTED_CONTROL, 2 * half):
+                notes.append(
+                    f"{weights}, which should be 1 in the mean. Summed over a response they miss "
+                    f"that by {mean:.3g} ± {half:.2g}, and the estimate is off by about as many "
+                    "nats, whatever its interval says: what the reference would rather say is "
+                    "hardly ever drawn."
                 )
         return notes
 
@@ -251,7 +289,7 @@ def estimate_kl(
     :mod:`rlkl.evaluation.kl_estimate.units`. Memory does not grow with the number of samples.
 
     Args:
-        policy: the policy, in eval mode.
+        policy: the policy, in eval mode while this runs; so is the reference.
         ref_model: the reference; None means the policy with its PEFT adapter off.
         tokenizer: of both.
         prompts: texts; taken in a shuffled order, and again from the first when all are used.
@@ -280,26 +318,23 @@ def estimate_kl(
         temperature=temperature,
         target_stderr=target_stderr,
         min_samples=num_samples,
+        max_samples=max_samples,
         headline=headline,
         estimand=Estimand(estimand),
     )
     source = SampledResponses(
         pair,
         prompts,
-        limit=num_samples if target_stderr is None else max(num_samples, max_samples),
+        limit=settings.limit,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
         batch_size=batch_size,
     )
-    training = [model.training for model in pair.modules()]
-    for model in pair.modules():
-        model.eval()
     estimation = KLEstimation(pair, source, settings)
-    while not estimation.done:
-        estimation.step()
-        if on_batch is not None:
-            on_batch(estimation)
-    for model, was_training in zip(pair.modules(), training, strict=True):
-        model.train(was_training)
+    with eval_mode(*pair.modules()):
+        while not estimation.done:
+            estimation.step()
+            if on_batch is not None:
+                on_batch(estimation)
     return estimation.report()

@@ -65,10 +65,12 @@ def _direction(report: KLReport) -> dict[str, Any]:
 def _forest(report: KLReport) -> list[dict[str, Any]]:
     """A row per estimator: where its interval lies on a common axis, in percent of the width.
 
-    The axis spans the finite intervals of the unbiased estimators, so that one wild interval or a
-    biased estimate does not flatten the rest; what lies outside is cut at its edge.
+    The axis spans the finite intervals of the unbiased estimators, where there are any, so that one
+    wild interval or a biased estimate does not flatten the rest; what lies outside is cut at its
+    edge.
     """
-    finite = [e for e in report.estimators.values() if e.unbiased and math.isfinite(e.stderr)]
+    finite = [e for e in report.estimators.values() if math.isfinite(e.stderr)]
+    finite = [e for e in finite if e.unbiased] or finite
     low = min((e.ci95[0] for e in finite), default=0.0)
     high = max((e.ci95[1] for e in finite), default=1.0)
     span = (high - low) or 1.0

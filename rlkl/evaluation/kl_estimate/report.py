@@ -36,7 +36,7 @@ class Estimate:
     n: int
     """Responses."""
     unbiased: bool
-    """Its expectation is the KL; a biased one is reported for comparison."""
+    """Its expectation is the KL; no estimator's is where importance weights were cut."""
     negative_fraction: float | None
     """Share of responses whose own estimate is below 0, which no KL is; None where an estimate
     exists only for all responses together."""
