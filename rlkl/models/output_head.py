@@ -1,4 +1,4 @@
-"""The head of a causal LM as data: what is multiplied, and what the model does to it afterwards."""
+"""The head of a causal LM as data: what is multiplied, and what the model does before and after."""
 
 import copy
 import logging
@@ -13,19 +13,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlkl.kl import LowRank, ModuleHead, OutputHead
-from rlkl.models.language_model import causal_lm
+from rlkl.models.language_model import causal_lm, trunk_of
 
 _log = logging.getLogger(__name__)
 
 
-class _AfterHead(NamedTuple):
-    """logits = cap(scale · what the head gave)."""
+class _AroundHead(NamedTuple):
+    """logits = cap(scale · head(before · the trunk's hidden states))."""
 
+    before: float
     scale: float
     softcap: float | None
 
 
-_after_head: WeakKeyDictionary[PreTrainedModel, _AfterHead] = WeakKeyDictionary()
+_around_head: WeakKeyDictionary[PreTrainedModel, _AroundHead] = WeakKeyDictionary()
 _told: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
 
 
@@ -37,20 +38,22 @@ def output_head(model: nn.Module) -> OutputHead | ModuleHead:
     them. With the adapter off (`reference_model`) it is the head without it. Any other head becomes
     a ModuleHead, which is slower; the log says so once.
 
-    What a model does to its logits after the head is measured, not looked up: the first call on a
-    model runs it on one token with known numbers in place of the head's output.
+    What a model does before and after the head is measured, not looked up: the first call on a
+    model runs it on two tokens with known numbers in place of the head's output. A factor of the
+    hidden states (MiniCPM3) becomes one of the logits.
 
     Raises:
         ValueError: no causal LM, or one without output embeddings, or one that does more to its
-            logits than scaling and soft-capping, or a head with active dropout.
+            hidden states than scaling (BERT's second projection) or more to its logits than scaling
+            and soft-capping, or a head with active dropout.
     """
     lm = causal_lm(model)
     head = lm.get_output_embeddings()
     if head is None:
         raise ValueError(f"{type(lm).__name__} has no output embeddings: a causal LM is needed")
-    if lm not in _after_head:
-        _after_head[lm] = _measure_after_head(lm, head)
-    scale, softcap = _after_head[lm]
+    if lm not in _around_head:
+        _around_head[lm] = _measure(lm, head)
+    before, scale, softcap = _around_head[lm]
     if isinstance(head, ModulesToSaveWrapper):
         saved = [name for name in head.active_adapters if name in head.modules_to_save]
         off = head.disable_adapters or not saved
@@ -58,7 +61,13 @@ def output_head(model: nn.Module) -> OutputHead | ModuleHead:
     adapters = _low_rank(head) if isinstance(head, LoraLinear) else ()
     linear = head.base_layer if isinstance(head, LoraLinear) and adapters is not None else head
     if type(linear) is nn.Linear and adapters is not None:
-        return OutputHead(linear.weight, linear.bias, scale, softcap, adapters)
+        bias = linear.bias if linear.bias is None or before == 1.0 else linear.bias / before
+        return OutputHead(linear.weight, bias, before * scale, softcap, adapters)
+    if before != 1.0:
+        raise ValueError(
+            f"{type(lm).__name__} scales its hidden states by {before:.6g} before the head "
+            f"{type(head).__name__}, which is not linear: let the head scale them"
+        )
     if any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in head.modules()):
         raise ValueError(
             f"the head {type(head).__name__} has active dropout, so that its logits change from "
@@ -116,28 +125,60 @@ def _vocab_size(lm: PreTrainedModel) -> int:
 
 
 @torch.no_grad()
-def _measure_after_head(lm: PreTrainedModel, head: nn.Module) -> _AfterHead:
-    """Scale and soft-cap between head and logits, from the model's answer to known numbers."""
+def _measure(lm: PreTrainedModel, head: nn.Module) -> _AroundHead:
+    """What is between trunk and head, and between head and logits."""
     probe = torch.tensor([2.0**-7, 1e6, -1e6, -(2.0**-7), 1.0, -1.0, 10.0, -10.0, 0.0])
+    read: list[Tensor] = []
     seen: list[Tensor] = []
 
     def replace(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         size = out.shape[-1]
         row = probe.to(out.device).repeat(math.ceil(size / len(probe)))[:size]
+        read.append(args[0])
         seen.append(row.expand(out.shape).clone())
         return seen[-1].clone()
 
-    hook = head.register_forward_hook(replace)
-    try:
-        # Dropout would draw random numbers that a run's seed does not know of.
-        with torch.random.fork_rng(), torch.autocast(lm.device.type, enabled=False):
-            token = torch.zeros(1, 1, dtype=torch.long, device=lm.device)
-            logits = lm(input_ids=token, use_cache=False).logits
-    finally:
-        hook.remove()
+    # The first may be padding, whose states may be 0.
+    inputs = {"input_ids": torch.arange(2, device=lm.device)[None], "use_cache": False}
+    # Dropout would draw random numbers that a run's seed does not know of, and others each time.
+    with torch.random.fork_rng(), torch.autocast(lm.device.type, enabled=False):
+        torch.manual_seed(0)
+        hidden = trunk_of(lm)(**inputs).last_hidden_state
+        hook = head.register_forward_hook(replace)
+        try:
+            torch.manual_seed(0)
+            logits = lm(**inputs).logits
+        finally:
+            hook.remove()
     if not seen or seen[0].shape != logits.shape:
         raise ValueError(f"{type(lm).__name__} does not make its logits by its output embeddings")
-    given, logits = seen[0].flatten(), logits.flatten().float()
+    before = _factor(hidden, read[0])
+    if before is None:
+        raise ValueError(
+            f"{type(lm).__name__} does more to its hidden states than scaling before its head "
+            "reads them: such a model's logits cannot be formed outside it"
+        )
+    return _AroundHead(before, *_scale_and_softcap(lm, seen[0], logits))
+
+
+def _factor(x: Tensor, y: Tensor) -> float | None:
+    """The c with y = c · x up to rounding, if there is one."""
+    if x.shape != y.shape:
+        return None
+    rounding = torch.finfo(y.dtype).eps
+    x, y = x.double(), y.double()
+    factor = float((x * y).sum() / (x * x).sum())
+    error = float((y - factor * x).abs().max() / y.abs().max())
+    if not error < max(4 * rounding, 1e-4):  # also where it is NaN
+        return None
+    return 1.0 if abs(factor - 1) < max(rounding, 1e-5) else factor
+
+
+def _scale_and_softcap(
+    lm: PreTrainedModel, given: Tensor, logits: Tensor
+) -> tuple[float, float | None]:
+    """Scale and soft-cap between head and logits, from the model's answer to known numbers."""
+    given, logits = given.flatten(), logits.flatten().float()
     scale, bound = float(logits[0] / given[0]), float(logits[1].abs())
     softcap = bound if bound < 0.5 * abs(scale) * float(given[1]) else None
     if softcap is not None:
@@ -151,4 +192,4 @@ def _measure_after_head(lm: PreTrainedModel, head: nn.Module) -> _AfterHead:
             f"{type(lm).__name__} does more to its logits than scaling and soft-capping: such a "
             "model's logits cannot be formed outside it"
         )
-    return _AfterHead(scale, softcap)
+    return scale, softcap

@@ -104,7 +104,7 @@ def token_statistics(
             ref_head = output_head(ref)
         if values is not None:
             value_parts.append(values)
-        hidden_parts.append(ref_hidden.float())
+        hidden_parts.append(ref_hidden)
         parts.append(
             fused_token_stats(
                 hidden,
@@ -119,16 +119,18 @@ def token_statistics(
         )
 
     def restore(values: Sequence[Tensor]) -> Tensor:
-        return scatter_tokens(torch.cat(list(values)).float(), responses.mask)
+        return scatter_tokens(torch.cat(list(values)), responses.mask)
 
-    policy_logp, ref_logp, kl, entropy = map(restore, zip(*parts, strict=True))
+    policy_logp, ref_logp, kl, entropy = (
+        restore(values).float() for values in zip(*parts, strict=True)
+    )
     return TokenRecord(
         policy_logp=policy_logp,
         ref_logp=ref_logp,
         kl=kl,
         entropy=entropy,
         ref_hidden=restore(hidden_parts),
-        values=restore(value_parts) if value_parts else None,
+        values=restore(value_parts).float() if value_parts else None,
     )
 
 

@@ -79,8 +79,8 @@ class TokenRecord:
     entropy: Tensor
     """[B, T] entropy of π(· | h_t), in nats."""
     ref_hidden: Tensor
-    """[B, T, H] hidden states of the reference: small enough to keep over the epochs, as logits
-    are not."""
+    """[B, T, H] hidden states of the reference, in its own dtype (so that its logits are the same
+    to the last bit later): small enough to keep over the epochs, as logits are not."""
     values: Tensor | None = None
     """[B, T] V(h_t), where there is a critic."""
 

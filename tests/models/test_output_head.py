@@ -8,6 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     CohereConfig,
     CohereForCausalLM,
     FalconH1Config,
@@ -16,6 +18,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    MiniCPM3Config,
+    MiniCPM3ForCausalLM,
 )
 
 from rlkl.kl import ModuleHead, OutputHead, fused_token_logp, head_logits
@@ -58,11 +62,18 @@ def falcon():
     return FalconH1ForCausalLM(config)
 
 
-AFTER_HEAD = {
+def minicpm():
+    """Scales the hidden states that its head reads, not the logits."""
+    sizes = SIZES | {"num_key_value_heads": 2}
+    return MiniCPM3ForCausalLM(MiniCPM3Config(**sizes, dim_model_base=48, initializer_range=0.3))
+
+
+AROUND_HEAD = {
     gemma: (1.0, 1.5),
     cohere: (0.0625, None),
     granite: (1 / 13, None),
     falcon: (0.25, None),
+    minicpm: (3.0, None),
 }
 
 
@@ -77,13 +88,13 @@ def assert_same_logits(model):
     return head, stats, expected
 
 
-@pytest.mark.parametrize("make", AFTER_HEAD, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", AROUND_HEAD, ids=lambda make: make.__name__)
 @pytest.mark.filterwarnings("ignore")  # Falcon-H1 says which of its kernels are not installed
 def test_scaled_and_capped_logits_are_the_models_own(make):
     torch.manual_seed(0)
     head, _, _ = assert_same_logits(make())
     assert isinstance(head, OutputHead)
-    scale, softcap = AFTER_HEAD[make]
+    scale, softcap = AROUND_HEAD[make]
     assert head.scale == pytest.approx(scale, rel=1e-6)
     assert head.softcap == softcap
 
@@ -188,4 +199,26 @@ def test_a_model_that_does_more_to_its_logits_is_refused(make_lm):
 
     lm.__class__ = Shifting
     with pytest.raises(ValueError, match="does more to its logits"):
+        output_head(lm)
+
+
+def test_a_bias_is_not_scaled_with_the_hidden_states():
+    torch.manual_seed(0)
+    lm = minicpm()
+    lm.lm_head = nn.Linear(16, 33)
+    head, _, _ = assert_same_logits(lm)
+    assert isinstance(head, OutputHead)
+
+
+def test_a_factor_of_the_hidden_states_of_a_head_of_two_layers_is_refused():
+    lm = minicpm()
+    lm.set_output_embeddings(Bottleneck(16, 33))
+    with pytest.raises(ValueError, match="scales its hidden states by 3 "):
+        output_head(lm)
+
+
+def test_a_model_that_does_more_to_its_hidden_states_is_refused():
+    sizes = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+    lm = BertLMHeadModel(BertConfig(**sizes, is_decoder=True))
+    with pytest.raises(ValueError, match="does more to its hidden states than scaling"):
         output_head(lm)

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from reward_models import LexiconReward
-from rlkl.kl import head_logits
+from rlkl.kl import fused_token_loss, head_logits
 from rlkl.models import Critic, at_least_float32, frozen_copy, output_head
 from rlkl.rollout import (
     Responses,
@@ -127,6 +127,29 @@ def test_reference_hidden_states_give_back_the_references_logits(lm, ref, respon
     logp = logits.log_softmax(-1).gather(2, responses.tokens[..., None]).squeeze(2)
     real = responses.mask
     torch.testing.assert_close(logp[real], record.ref_logp[real], atol=1e-5, rtol=1e-5)
+
+
+def test_bfloat16_models_that_are_equal_have_kl_and_gradient_zero_in_the_first_update_too(
+    lm, make_lm, responses
+):
+    policy, ref = lm.bfloat16(), make_lm().bfloat16()
+    record = token_statistics(policy, ref, responses)
+    assert record.ref_hidden.dtype == torch.bfloat16
+    assert not record.kl.any()
+    real = responses.mask
+    hidden = policy_pass(policy, None, responses).hidden.detach().requires_grad_()
+    loss, stats = fused_token_loss(
+        lambda stats: stats.kl.sum(),
+        hidden,
+        output_head(policy),
+        record.ref_hidden[real],
+        output_head(ref),
+        responses.tokens[real],
+        ref_logp=record.ref_logp[real],
+    )
+    assert torch.equal(stats.policy_logp, record.policy_logp[real])
+    assert not stats.kl.any()
+    assert not torch.autograd.grad(loss, hidden)[0].any()
 
 
 def test_statistics_need_no_graph_and_leave_none(lm, ref, responses):

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from rlkl.kl.divergences import log_softmax_pair
 from rlkl.kl.fused.buffers import Buffers
-from rlkl.kl.fused.heads import Gradients, Product, gemm_precision
+from rlkl.kl.fused.heads import Gradients, Product
+from rlkl.kl.fused.precision import gemm_precision
 from rlkl.kl.fused.problem import Problem
 from rlkl.kl.fused.torch_rows import log_of
 from rlkl.kl.fused.workers import Workers

@@ -1,8 +1,7 @@
 """Output heads: how hidden states become logits, and how a gradient of the logits goes back."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from typing import NamedTuple, Self
 
@@ -10,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rlkl.kl.fused.precision import gemm_precision
 from rlkl.kl.fused.workers import Workers
 
 # Heads are read in slices of this many rows: faster for BLAS, and no 16-bit head is widened whole.
@@ -75,8 +75,9 @@ class Product(ABC):
 
     sliced: bool
     """Whether the logits of a part of the vocabulary cost only their share."""
-    gemm_dtype: torch.dtype | None = None
-    """What oneDNN rounds factors to; for `gemm_precision`, around all calls of `logits`."""
+    lossless = False
+    """Whether all factors are bfloat16 numbers, which a bfloat16 product with a float32 sum does
+    not round."""
 
     def __init__(
         self,
@@ -85,8 +86,11 @@ class Product(ABC):
         vocab: int,
         temperature: float,
         dtype: torch.dtype,
+        gemm_dtype: torch.dtype | None,
     ):
         self.hidden, self.vocab, self.dtype = hidden.detach(), vocab, dtype
+        # What oneDNN rounds factors to, for `gemm_precision` around all calls of `logits`.
+        self.gemm_dtype = self.gradient_gemm_dtype = gemm_dtype
         scale, softcap = head.scale, head.softcap
         # What is multiplied is the argument of tanh if there is one, else the logits themselves.
         self.scale = scale / temperature if softcap is None else scale / softcap
@@ -162,11 +166,10 @@ class LinearProduct(Product):
         dtype: torch.dtype,
         gemm_dtype: torch.dtype | None,
     ):
-        super().__init__(hidden, head, vocab, temperature, dtype)
-        # Factors that are bfloat16 already lose nothing in a bfloat16 product with a float32 sum.
-        lossless = hidden.dtype == head.weight.dtype == torch.bfloat16 and self.scale == 1.0
-        self.gemm_dtype = torch.bfloat16 if lossless else gemm_dtype
-        self.gradient_gemm_dtype = gemm_dtype
+        super().__init__(hidden, head, vocab, temperature, dtype, gemm_dtype)
+        # An adapter's inner product is float32, whatever its factors.
+        unrounded = self.scale == 1.0 and not head.adapters
+        self.lossless = unrounded and hidden.dtype == head.weight.dtype == torch.bfloat16
         self.weight = head.weight.detach()[:vocab]
         self.bias = None if head.bias is None else head.bias.detach()[:vocab]
         self.adapters = [
@@ -235,18 +238,18 @@ class _LinearGradients(Gradients):
 
         with gemm_precision(product.gradient_gemm_dtype):
             workers.multiply(share)
-        if hidden_sum is not None and hidden_parts is not None and workers.parts > 1:
-            hidden_sum[rows].add_(hidden_parts.sum(0))
-        for i, (a, b, scale) in enumerate(product.adapters):
-            a_sum, b_sum = factor_sums[2 * i : 2 * i + 2]
-            if b_sum is not None:
-                b_sum[:vocab].addmm_(grad.t(), hidden @ a.t(), alpha=scale)
-            if a_sum is not None or hidden_sum is not None:
-                inner = grad @ b  # [n, R]
-                if a_sum is not None:
-                    a_sum.addmm_(inner.t(), hidden, alpha=scale)
-                if hidden_sum is not None:
-                    hidden_sum[rows].addmm_(inner, a, alpha=scale * product.scale)
+            if hidden_sum is not None and hidden_parts is not None and workers.parts > 1:
+                hidden_sum[rows].add_(hidden_parts.sum(0))
+            for i, (a, b, scale) in enumerate(product.adapters):
+                a_sum, b_sum = factor_sums[2 * i : 2 * i + 2]
+                if b_sum is not None:
+                    b_sum[:vocab].addmm_(grad.t(), hidden @ a.t(), alpha=scale)
+                if a_sum is not None or hidden_sum is not None:
+                    inner = grad @ b  # [n, R]
+                    if a_sum is not None:
+                        a_sum.addmm_(inner.t(), hidden, alpha=scale)
+                    if hidden_sum is not None:
+                        hidden_sum[rows].addmm_(inner, a, alpha=scale * product.scale)
 
 
 class ModuleProduct(Product):
@@ -261,8 +264,9 @@ class ModuleProduct(Product):
         vocab: int,
         temperature: float,
         dtype: torch.dtype,
+        gemm_dtype: torch.dtype | None,
     ):
-        super().__init__(hidden, head, vocab, temperature, dtype)
+        super().__init__(hidden, head, vocab, temperature, dtype, gemm_dtype)
         self.module, self.parameters = head.module, _trained(head.module)
 
     def call(self, hidden: Tensor) -> Tensor:
@@ -285,12 +289,13 @@ class _ModuleGradients(Gradients):
         self.product = product
 
     def add(self, rows: slice, grad: Tensor, workers: Workers) -> None:
-        with torch.enable_grad():
-            hidden = self.product.hidden[rows].detach().requires_grad_()
-            logits = self.product.call(hidden)
+        hidden = self.product.hidden[rows].detach().requires_grad_()
         leaves = [hidden, *self.product.parameters]
         pairs = [(x, s) for x, s in zip(leaves, self.sums, strict=True) if s is not None]
-        found = torch.autograd.grad(logits, [x for x, _ in pairs], grad, allow_unused=True)
+        with gemm_precision(self.product.gradient_gemm_dtype):
+            with torch.enable_grad():
+                logits = self.product.call(hidden)
+            found = torch.autograd.grad(logits, [x for x, _ in pairs], grad, allow_unused=True)
         for (x, total), part in zip(pairs, found, strict=True):
             if part is not None:
                 (total[rows] if x is hidden else total).add_(part)
@@ -314,18 +319,26 @@ def inputs_of(hidden: Tensor, head: OutputHead | ModuleHead) -> tuple[Tensor | N
     return hidden, head.weight, head.bias, *factors
 
 
-def product_of(
-    hidden: Tensor,
-    head: OutputHead | ModuleHead,
+def products_of(
+    models: Iterable[tuple[Tensor, OutputHead | ModuleHead]],
     vocab: int,
     temperature: float,
     dtype: torch.dtype,
     gemm_dtype: torch.dtype | None,
-) -> Product:
-    """The product of hidden states [N, H] with the first `vocab` rows of a head."""
-    if isinstance(head, ModuleHead):
-        return ModuleProduct(hidden, head, vocab, temperature, dtype)
-    return LinearProduct(hidden, head, vocab, temperature, dtype, gemm_dtype)
+) -> list[Product]:
+    """The products of (hidden states [N, H], head) with the first `vocab` rows of each head."""
+    products = list[Product]()
+    for hidden, head in models:
+        if isinstance(head, ModuleHead):
+            product = ModuleProduct(hidden, head, vocab, temperature, dtype, gemm_dtype)
+        else:
+            product = LinearProduct(hidden, head, vocab, temperature, dtype, gemm_dtype)
+        products.append(product)
+        # A bfloat16 product is the faster, but sums in another order: a reference beside a policy
+        # that cannot have it takes the policy's, so that equal models have equal logits.
+        if all(x.lossless for x in products):
+            product.gemm_dtype = torch.bfloat16
+    return products
 
 
 def as_head(
@@ -370,23 +383,3 @@ def check_head(name: str, head: OutputHead | ModuleHead, hidden: Tensor, n: int)
                 f"expected [R, {width}] and [{vocab}, R]"
             )
     return vocab
-
-
-@contextmanager
-def gemm_precision(dtype: torch.dtype | None) -> Iterator[None]:
-    """Float32 products whose factors oneDNN rounds to bfloat16 (CPU); sums and output stay float32.
-
-    torch.mm of bfloat16 tensors would round its output as well, which drowns a small KL. CPUs
-    without bfloat16 arithmetic ignore the setting. It is the process's: set only meanwhile, around
-    what threads do together, never in one of them.
-    """
-    if dtype != torch.bfloat16:
-        yield
-        return
-    matmul = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue] (dynamic)
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlkl.kl.fused import torch_rows
 from rlkl.kl.fused.generators import RowDivergence
-from rlkl.kl.fused.heads import ModuleHead, OutputHead, Product, check_head, inputs_of, product_of
+from rlkl.kl.fused.heads import ModuleHead, OutputHead, Product, check_head, inputs_of, products_of
 from rlkl.kl.fused.records import TokenLogp, TokenStats
 
 # A chunk holds about this many logits of each model (50 MB in float32), within these rows. Fewer
@@ -103,10 +103,7 @@ class Problem:
                 f"gemm_dtype={gemm_dtype} is for float32 and 16-bit tensors on a CPU, these are "
                 f"{dtype} on {tokens.device.type}: leave it None"
             )
-        products = [
-            product_of(hidden, head, vocab, temperature, dtype, gemm_dtype)
-            for hidden, head in models.values()
-        ]
+        products = products_of(models.values(), vocab, temperature, dtype, gemm_dtype)
         n = max(len(tokens), 1)
         chunk_size = default_chunk_size(vocab, n) if chunk_size is None else min(chunk_size, n)
         ref_product = products[1] if len(products) == 2 else None

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rlkl.kl.fused.buffers import Buffers
 from rlkl.kl.fused.engine import MAX_T, sweep
-from rlkl.kl.fused.heads import gemm_precision
+from rlkl.kl.fused.precision import gemm_precision
 from rlkl.kl.fused.problem import Problem
 from rlkl.kl.fused.workers import Shared, Workers
 

@@ -17,6 +17,10 @@ class Workers:
 
     With one, torch splits operations as it likes. So it does with matrix products, unless the
     workers are there to divide them too.
+
+    The numbers of threads in torch are partly the process's: a thread of the program's own whose
+    first operation falls into `run` computes with one thread from then on, until it calls
+    torch.set_num_threads itself.
     """
 
     def __init__(self, count: int, *, divide_products: bool = False):

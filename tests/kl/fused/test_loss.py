@@ -145,6 +145,15 @@ def test_each_worker_computes_with_one_thread(threads):
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_each_worker_computes_in_the_callers_mode(threads, mode):
+    def modes(_: int) -> tuple[bool, bool]:
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    with Workers(threads) as pool, mode():
+        assert set(pool.run(modes)) == {(False, mode is torch.inference_mode)}
+
+
 @pytest.mark.parametrize("divide_products", [False, True])
 def test_products_are_one_piece_or_many_that_workers_take(threads, divide_products):
     workers, taken = set(), []
