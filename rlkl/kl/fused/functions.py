@@ -15,6 +15,9 @@ from rlkl.kl.fused.problem import Problem
 from rlkl.kl.fused.records import TokenLogp, TokenStats
 from rlkl.kl.fused.tiles import can_tile, tile_statistics
 
+# A 16-bit head's gradient is rounded so many rows at a time.
+_ROUNDED_ROWS = 8192
+
 
 def fused_token_stats(
     policy_hidden: Float[Tensor, "N H"],
@@ -351,17 +354,29 @@ class _Loss(torch.autograd.Function):
             gradients = problem.policy.gradients(inputs, needed)
         stats = sweep(problem, chunk_loss, gradients)
         if gradients is not None:
-            ctx.save_for_backward(*gradients.in_dtype_of(inputs))
+            # As they were summed: a gradient in 16 bits would be rounded before it is scaled.
+            ctx.save_for_backward(*gradients.sums)
+            ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         ctx.mark_non_differentiable(*stats)
         return chunk_loss.total, *stats
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *upstream):
-        gradients, scale = ctx.saved_tensors, upstream[0]
-        if scale != 1:
-            gradients = [None if g is None else g * scale.to(g.dtype) for g in gradients]
-        return None, None, None, *gradients
+        sums = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        scaled = [None if x is None else _scaled(x, upstream[0], dtype) for x, dtype in sums]
+        return None, None, None, *scaled
+
+
+def _scaled(total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Total · scale, rounded once, without a second wide copy of a whole head."""
+    if total.dtype == dtype:
+        return total if scale == 1 else total * scale
+    out = torch.empty_like(total, dtype=dtype)
+    slices = (torch.atleast_1d(x).split(_ROUNDED_ROWS) for x in (out, total))
+    for target, part in zip(*slices, strict=True):
+        target.copy_(part * scale)
+    return out
 
 
 class _ChunkLoss:

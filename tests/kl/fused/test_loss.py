@@ -10,6 +10,7 @@ from rlkl.kl import (
     fused_token_loss,
     fused_token_stats,
 )
+from rlkl.kl.fused import functions
 from rlkl.kl.fused.workers import Workers
 from tests.kl.fused.cases import (
     assert_close,
@@ -180,3 +181,18 @@ def test_an_error_in_a_worker_reaches_the_caller_and_gives_torch_its_threads_bac
     with Workers(threads) as pool, pytest.raises(ZeroDivisionError):
         pool.run(lambda worker: 1 / (worker + 1 - threads))
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("upstream", [1 / 3, 1e-3, 65536.0])
+def test_a_16_bit_gradient_is_rounded_once_after_the_upstream_scalar(dtype, upstream, monkeypatch):
+    """65536 is where GradScaler begins, and no float16; 1/3 is no bfloat16."""
+    monkeypatch.setattr(functions, "_ROUNDED_ROWS", 32)
+    case, small = make().to(dtype), weights(29) / 1e5  # near the smallest float16
+    truth, leaves = case.to(torch.float64).leaves()
+    expected = gradients(combine(naive(truth), *small) * upstream, leaves)
+    policy, leaves = case.leaves()
+    loss, _ = fused_token_loss(combine, *policy.positional, *small, **policy.bias)
+    rounding = torch.finfo(dtype).eps / 2 + 2e-5  # and that of float32 sums
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    assert_close(gradients(loss * upstream, leaves), expected, rounding, smallest + 2e-10 * upstream)
