@@ -5,7 +5,6 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rlkl.kl.distillation import Divergence
 from rlkl.kl.fused.engine import OnLogits, sweep
@@ -38,9 +37,10 @@ def fused_token_stats(
 ) -> TokenStats:
     """Log-probabilities, exact D_KL(policy ‖ ref) and entropy per token, for any later use.
 
-    Differentiable in policy_hidden and in all parts of policy_head through policy_logp, kl and
-    entropy; the reference is treated as constant. The backward pass multiplies the logits again;
-    where the loss is known, `fused_token_loss` saves that.
+    Differentiable, once, in policy_hidden and in all parts of policy_head through policy_logp, kl
+    and entropy; the reference is treated as constant. The backward pass multiplies the logits
+    again, and refuses tensors changed in place since; where the loss is known, `fused_token_loss`
+    saves that.
 
     Valid for tokens sampled from the policy at this temperature, without top-k or top-p. Where the
     reference forbids (bias −inf) what the policy allows, kl is +inf and its gradient NaN.
@@ -75,6 +75,7 @@ def fused_token_stats(
 
     Raises:
         ValueError: shapes, vocabularies, tokens, temperature, divergence or gemm_dtype do not fit.
+        RuntimeError: in backward, under create_graph=True: there are no second derivatives.
 
     Example:
         >>> import torch
@@ -323,7 +324,8 @@ class _Statistics(torch.autograd.Function):
     def forward(ctx, problem, whole_rows, on_logits, *inputs):
         ctx.set_materialize_grads(False)
         ctx.problem = problem
-        ctx.save_for_backward(*inputs)
+        # All that backward reads again, so that autograd refuses what was changed in place.
+        ctx.save_for_backward(*inputs, *problem.watched)
         tiled = not whole_rows and on_logits is None and can_tile(problem)
         stats = tile_statistics(problem) if tiled else sweep(problem, on_logits=on_logits)
         if problem.ref is not None:
@@ -331,15 +333,16 @@ class _Statistics(torch.autograd.Function):
         return stats
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *upstream):
-        problem, inputs = ctx.problem, ctx.saved_tensors  # the read refuses modified inputs
+        _refuse_create_graph()
+        problem, needed = ctx.problem, ctx.needs_input_grad[3:]
+        inputs = ctx.saved_tensors[: len(needed)]
         given = {
             name: gradient
             for name, gradient in zip(problem.record._fields, upstream, strict=True)
             if gradient is not None
         }
-        gradients = problem.policy.gradients(inputs, ctx.needs_input_grad[3:])
+        gradients = problem.policy.gradients(inputs, needed)
         sweep(problem, lambda rows, _: {k: g[rows] for k, g in given.items()}, gradients)
         return None, None, None, *gradients.in_dtype_of(inputs)
 
@@ -361,11 +364,21 @@ class _Loss(torch.autograd.Function):
         return chunk_loss.total, *stats
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *upstream):
+        _refuse_create_graph()
         sums = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         scaled = [None if x is None else _scaled(x, upstream[0], dtype) for x, dtype in sums]
         return None, None, None, *scaled
+
+
+def _refuse_create_graph() -> None:
+    # Autograd records a backward pass only under create_graph. torch's once_differentiable leaves
+    # constants there, and raises nothing where the upstream gradient is one.
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the fused functions have first derivatives only, which create_graph=True would treat "
+            "as constants: leave it False, or take second derivatives of rlkl.kl.reverse_kl"
+        )
 
 
 def _scaled(total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

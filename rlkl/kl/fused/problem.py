@@ -38,6 +38,13 @@ def row_passes(device: torch.device, dtype: torch.dtype) -> ModuleType:
     return importlib.import_module("rlkl.kl.fused.numba_rows") if numba else torch_rows
 
 
+def _tensors(hidden: Tensor, head: OutputHead | ModuleHead) -> list[Tensor]:
+    """All that a model's logits are made of."""
+    if isinstance(head, ModuleHead):
+        return [hidden, *head.module.parameters()]
+    return [x for x in inputs_of(hidden, head) if x is not None]
+
+
 @dataclass(frozen=True)
 class Problem:
     """The checked arguments of one call."""
@@ -48,6 +55,7 @@ class Problem:
     chunk_size: int
     divergence: RowDivergence
     ref_logp: Tensor | None  # [N], where the caller knows it
+    watched: tuple[Tensor, ...]  # all that the statistics are made of, for autograd to watch
 
     @classmethod
     def of(
@@ -112,7 +120,10 @@ class Problem:
         ref_product = products[1] if len(products) == 2 else None
         if ref_logp is not None:
             ref_logp = ref_logp.detach().to(dtype)
-        return cls(products[0], ref_product, tokens, chunk_size, divergence, ref_logp)
+        read = (tokens, *(x for model in models.values() for x in _tensors(*model)))
+        # An inference tensor has no version, by which autograd could see that it was changed.
+        watched = tuple(x.detach() for x in read if not x.is_inference())
+        return cls(products[0], ref_product, tokens, chunk_size, divergence, ref_logp, watched)
 
     @property
     def passes(self) -> ModuleType:

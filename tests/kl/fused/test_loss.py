@@ -195,4 +195,6 @@ def test_a_16_bit_gradient_is_rounded_once_after_the_upstream_scalar(dtype, upst
     loss, _ = fused_token_loss(combine, *policy.positional, *small, **policy.bias)
     rounding = torch.finfo(dtype).eps / 2 + 2e-5  # and that of float32 sums
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    assert_close(gradients(loss * upstream, leaves), expected, rounding, smallest + 2e-10 * upstream)
+    assert_close(
+        gradients(loss * upstream, leaves), expected, rounding, smallest + 2e-10 * upstream
+    )

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlkl.kl import (
+    ModuleHead,
+    OutputHead,
     TokenLogp,
     fused_logp_loss,
     fused_token_logp,
@@ -120,6 +122,45 @@ def test_without_a_reference_the_policy_part_is_the_same():
         loss, got = fused_logp_loss(combine, *own, *w, **options)
         assert_close(got, expected, 1e-12, 1e-12)
         assert_close(gradients(loss, leaves), expected_gradients, 1e-11, 1e-11)
+
+
+@pytest.mark.parametrize("part", range(7))
+def test_backward_refuses_what_was_changed_in_place_since(part):
+    case, (_, leaves) = make(), make().leaves()
+    policy = leaves[0], OutputHead(*leaves[1:])
+    ref = OutputHead(case.ref_head, case.ref_bias)
+    module = torch.nn.Linear(7, 101).requires_grad_(False)
+    kl = fused_token_stats(*policy, case.ref_hidden, ref, case.tokens).kl.sum()
+    kl += fused_token_stats(*policy, leaves[0], ModuleHead(module, 101), case.tokens).kl.sum()
+    torch.autograd.grad(kl, leaves, retain_graph=True)
+    changed = [*leaves, case.tokens, case.ref_hidden, case.ref_head, module.weight][part]
+    with torch.no_grad():
+        changed.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(kl, leaves)
+
+
+def test_a_reference_measured_in_inference_mode_serves_a_gradient():
+    case = make()
+    policy, leaves = case.leaves()
+    expected = gradients(naive(policy).kl.sum(), leaves)
+    with torch.inference_mode():
+        ref_hidden = case.ref_hidden * 1
+    stats = fused_token_stats(*policy._replace(ref_hidden=ref_hidden).positional, **policy.bias)
+    assert_close(gradients(stats.kl.sum(), leaves), expected, 1e-11, 1e-11)
+
+
+@pytest.mark.parametrize("in_one_pass", [False, True])
+def test_second_derivatives_are_refused_where_they_would_be_silently_wrong(in_one_pass):
+    """An upstream gradient that is a constant: torch's once_differentiable raises nothing."""
+    policy, leaves = make().leaves()
+    if in_one_pass:
+        loss, _ = fused_token_loss(combine, *policy.positional, *weights(29), **policy.bias)
+    else:
+        loss = combine(fused_token_stats(*policy.positional, **policy.bias), *weights(29))
+    penalised = leaves[0].sum() + loss  # a graph that has second derivatives otherwise
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(penalised, leaves, create_graph=True)
 
 
 def test_gradcheck_against_finite_differences():
