@@ -8,9 +8,9 @@ from torch import Tensor
 
 from rlkl.kl.distillation import Divergence
 from rlkl.kl.fused.engine import OnLogits, sweep
-from rlkl.kl.fused.generators import TopK, row_divergence
+from rlkl.kl.fused.generators import TopK
 from rlkl.kl.fused.heads import ModuleHead, OutputHead, as_head, inputs_of
-from rlkl.kl.fused.problem import Problem
+from rlkl.kl.fused.problem import Problem, described
 from rlkl.kl.fused.records import TokenLogp, TokenStats
 from rlkl.kl.fused.tiles import can_tile, tile_statistics
 
@@ -93,7 +93,7 @@ def fused_token_stats(
         policy,
         (ref_hidden, as_head("ref", ref_head, ref_bias)),
         tokens,
-        row_divergence(divergence),
+        divergence,
         temperature=temperature,
         vocab_size=vocab_size,
         chunk_size=chunk_size,
@@ -117,7 +117,8 @@ def fused_divergence(
     """A divergence of policy and reference at each position: `kl` of `fused_token_stats`.
 
     In distillation the student is the policy and the teacher the reference. Differentiable in
-    policy_hidden and policy_head. Arguments and errors are those of `fused_token_stats`.
+    policy_hidden and policy_head. Arguments and errors are those of `fused_token_stats`; TopK is
+    refused, being an estimate from the sampled tokens.
 
     Returns:
         `[N]`, nats.
@@ -128,6 +129,11 @@ def fused_divergence(
         >>> fused_divergence(torch.ones(1, 1), student, torch.ones(1, 1), teacher.log(), "fkl")
         tensor([0.1308])
     """
+    if isinstance(divergence, TopK):
+        raise ValueError(
+            f"divergence={divergence} needs the sampled tokens: pass them to fused_token_stats, "
+            "whose `kl` it then is"
+        )
     tokens = torch.zeros(len(policy_hidden), dtype=torch.long, device=policy_hidden.device)
     return fused_token_stats(
         policy_hidden,
@@ -174,7 +180,7 @@ def fused_token_logp(
         policy,
         None,
         tokens,
-        row_divergence("rkl"),
+        "rkl",
         temperature=temperature,
         vocab_size=vocab_size,
         chunk_size=chunk_size,
@@ -260,7 +266,7 @@ def fused_token_loss(
         policy,
         (ref_hidden, as_head("ref", ref_head, ref_bias)),
         tokens,
-        row_divergence(divergence),
+        divergence,
         temperature=temperature,
         vocab_size=vocab_size,
         chunk_size=chunk_size,
@@ -305,7 +311,7 @@ def fused_logp_loss(
         policy,
         None,
         tokens,
-        row_divergence("rkl"),
+        "rkl",
         temperature=temperature,
         vocab_size=vocab_size,
         chunk_size=chunk_size,
@@ -400,8 +406,8 @@ class _ChunkLoss:
     ):
         n = len(problem.tokens)
         for i, x in enumerate(per_token):
-            if x.shape[:1] != (n,):
-                raise ValueError(f"per_token[{i}] has shape {tuple(x.shape)}: pass {n} rows")
+            if not isinstance(x, Tensor) or x.shape[:1] != (n,):
+                raise ValueError(f"per_token[{i}] is {described(x)}: pass a tensor of {n} rows")
             if x.requires_grad:
                 raise ValueError(f"per_token[{i}] requires a gradient, but is constant: detach it")
         self.loss_fn, self.record, self.per_token = loss_fn, problem.record, per_token
@@ -412,9 +418,9 @@ class _ChunkLoss:
         inputs = {k: x.requires_grad_() for k, x in named.items() if k != "ref_logp"}
         with torch.enable_grad():
             loss = self.loss_fn(self.record(**named), *(x[rows] for x in self.per_token))
-        if loss.shape != ():
+        if not isinstance(loss, Tensor) or loss.shape != ():
             raise ValueError(
-                f"loss_fn returned shape {tuple(loss.shape)}: return the sum over its tokens"
+                f"loss_fn returned {described(loss)}: return a scalar, the sum over its tokens"
             )
         self.total += loss.detach()
         if not loss.requires_grad:  # this chunk's loss does not depend on the statistics
