@@ -60,9 +60,12 @@ def fused_token_stats(
         chunk_size: tokens whose rows of logits are held at once, for gradients and `whole_rows`;
             default: at most 240 to 512, about 13 million logits, in chunks of one size.
         whole_rows: sum each row in the order of `fused_token_loss`. At unchanged weights its
-            log-probabilities are then these to the last bit (PPO's ratios start at exactly 1), and
-            so is its KL with this log q(y) as `ref_logp`. Default: tiles of the vocabulary, which
-            are faster and smaller, on a CPU, for heads that are matrices, if `divergence` is "rkl".
+            log-probabilities of the same tokens in the same chunks, with as many threads, are then
+            these to the last bit (PPO's ratios start at exactly 1), and so is its KL with this
+            log q(y) as `ref_logp`. In other chunks the last bits may differ: a BLAS sums products
+            of a few rows (15 and fewer were seen) in another order than longer ones. Default: tiles
+            of the vocabulary, which are faster and smaller, on a CPU, for heads that are matrices,
+            if `divergence` is "rkl".
         on_logits: for what else is asked of the distributions: called without gradient on every
             chunk with its slice of the tokens and the logits `[n, V]` of policy and reference,
             divided by the temperature, which are overwritten afterwards. Implies `whole_rows`.
@@ -210,7 +213,8 @@ def fused_token_loss(
 
     The logits are multiplied once: when this returns, the gradients of policy_hidden and of all
     parts of policy_head are ready, and `loss.backward()` hands them out, times the upstream scalar.
-    Under torch.no_grad only the value is computed.
+    Those of 16-bit inputs are kept as float32 sums, and rounded once, after the scalar. Under
+    torch.no_grad only the value is computed.
 
     With `ref_logp`, log q(y) of these tokens from an earlier call (`fused_token_stats` with
     `whole_rows`), the reference is not normalised again: in PPO it stays the same over the epochs

@@ -214,13 +214,14 @@ def test_any_shape_gives_the_naive_result(n, vocab, hidden, ref, chunk_size, see
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("chunk_size", [None, 8])
-def test_whole_rows_have_the_bits_of_the_loss(chunk_size, threads):
+@pytest.mark.parametrize("chunk_size", [None, 8, 3])
+def test_whole_rows_have_the_bits_of_the_loss_in_the_same_chunks(chunk_size, threads):
     case, w = make(n=64, vocab=997).to(torch.float32), weights(64)
-    alone = fused_token_stats(*case.positional, **case.bias, whole_rows=True)
+    whole = {"whole_rows": True, "chunk_size": chunk_size}
+    alone = fused_token_stats(*case.positional, **case.bias, **whole)
     own = case.policy_hidden, case.policy_head, case.tokens
     policy_bias = {"policy_bias": case.policy_bias}
-    policy = fused_token_logp(*own, **policy_bias, whole_rows=True)
+    policy = fused_token_logp(*own, **policy_bias, **whole)
     _, stats = fused_token_loss(combine, *case.positional, *w, **case.bias, chunk_size=chunk_size)
     _, logp = fused_logp_loss(combine, *own, *w, **policy_bias, chunk_size=chunk_size)
     assert all((x == y).all() for x, y in zip(alone, stats, strict=True))
