@@ -99,9 +99,11 @@ def divergence_stats(
         teacher_head,
         tokens,
         vocab_size=vocab_size,
-        chunk_size=chunk_size or max(1, _CHUNK_ELEMENTS // vocab_size),
+        chunk_size=max(1, _CHUNK_ELEMENTS // vocab_size) if chunk_size is None else chunk_size,
         on_logits=measure,
     )
+    if not len(tokens):  # of no chunk: the same, empty
+        measure(slice(0), *stats.kl.new_empty(2, 0, vocab_size))
     head, tail, forward, *values = (torch.cat(column) for column in zip(*parts, strict=True))
     gaps, others = HeadTailGaps(head, tail), iter(values)
     return DivergenceStats(

@@ -62,6 +62,17 @@ def test_every_divergence_is_measured_on_the_same_positions(chunk_size):
     torch.testing.assert_close(stats.student_entropy, entropy)
 
 
+def test_no_tokens_have_empty_divergences_and_a_chunk_of_none_is_refused():
+    given = inputs()
+    for name in ("student_hidden", "teacher_hidden", "tokens"):
+        given[name] = given[name][:0]
+    stats = divergence_stats(*positional(given))
+    assert list(stats.divergences) == list(DIVERGENCES)
+    assert all(x.shape == (0,) for x in [*stats.divergences.values(), *stats.gaps, *stats[2:]])
+    with pytest.raises(ValueError, match="chunk_size=0"):
+        divergence_stats(*positional(inputs()), chunk_size=0)
+
+
 @pytest.mark.parametrize("padding", [(3, 0), (0, 2), (3, 3)])
 def test_rows_that_pad_the_vocabulary_do_not_count(padding):
     plain, padded = inputs(), inputs(padding)

@@ -3,7 +3,9 @@
 The exact token KL needs two next-token distributions. Here the tokens are walked in chunks: a
 chunk's logits are multiplied into two [chunk, V] buffers, reduced to four numbers per token,
 overwritten in place by the gradient of the logits, and multiplied back into the gradients of hidden
-states and head. Memory beyond inputs and their gradients is O(chunk · V), for any number of tokens.
+states and head. Memory beyond inputs and their gradients is O(chunk · V), for any number of tokens;
+gradients of 16-bit inputs are summed in float32, which holds twice the gradients' size besides,
+until backward has rounded them.
 
 With a, b the logits of policy and reference, p the policy's softmax and t = (b − a) − E_p[b − a],
 

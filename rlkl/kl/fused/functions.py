@@ -5,15 +5,17 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rlkl.kl.distillation import Divergence
 from rlkl.kl.fused.engine import OnLogits, sweep
-from rlkl.kl.fused.generators import TopK, row_divergence
+from rlkl.kl.fused.generators import TopK
 from rlkl.kl.fused.heads import ModuleHead, OutputHead, as_head, inputs_of
-from rlkl.kl.fused.problem import Problem
+from rlkl.kl.fused.problem import Problem, described
 from rlkl.kl.fused.records import TokenLogp, TokenStats
 from rlkl.kl.fused.tiles import can_tile, tile_statistics
+
+# A 16-bit head's gradient is rounded so many rows at a time.
+_ROUNDED_ROWS = 8192
 
 
 def fused_token_stats(
@@ -35,9 +37,10 @@ def fused_token_stats(
 ) -> TokenStats:
     """Log-probabilities, exact D_KL(policy ‖ ref) and entropy per token, for any later use.
 
-    Differentiable in policy_hidden and in all parts of policy_head through policy_logp, kl and
-    entropy; the reference is treated as constant. The backward pass multiplies the logits again;
-    where the loss is known, `fused_token_loss` saves that.
+    Differentiable, once, in policy_hidden and in all parts of policy_head through policy_logp, kl
+    and entropy; the reference is treated as constant. The backward pass multiplies the logits
+    again, and refuses tensors changed in place since; where the loss is known, `fused_token_loss`
+    saves that.
 
     Valid for tokens sampled from the policy at this temperature, without top-k or top-p. Where the
     reference forbids (bias −inf) what the policy allows, kl is +inf and its gradient NaN.
@@ -57,9 +60,12 @@ def fused_token_stats(
         chunk_size: tokens whose rows of logits are held at once, for gradients and `whole_rows`;
             default: at most 240 to 512, about 13 million logits, in chunks of one size.
         whole_rows: sum each row in the order of `fused_token_loss`. At unchanged weights its
-            log-probabilities are then these to the last bit (PPO's ratios start at exactly 1), and
-            so is its KL with this log q(y) as `ref_logp`. Default: tiles of the vocabulary, which
-            are faster and smaller, on a CPU, for heads that are matrices, if `divergence` is "rkl".
+            log-probabilities of the same tokens in the same chunks, with as many threads, are then
+            these to the last bit (PPO's ratios start at exactly 1), and so is its KL with this
+            log q(y) as `ref_logp`. In other chunks the last bits may differ: a BLAS sums products
+            of a few rows (15 and fewer were seen) in another order than longer ones. Default: tiles
+            of the vocabulary, which are faster and smaller, on a CPU, for heads that are matrices,
+            if `divergence` is "rkl".
         on_logits: for what else is asked of the distributions: called without gradient on every
             chunk with its slice of the tokens and the logits `[n, V]` of policy and reference,
             divided by the temperature, which are overwritten afterwards. Implies `whole_rows`.
@@ -72,6 +78,7 @@ def fused_token_stats(
 
     Raises:
         ValueError: shapes, vocabularies, tokens, temperature, divergence or gemm_dtype do not fit.
+        RuntimeError: in backward, under create_graph=True: there are no second derivatives.
 
     Example:
         >>> import torch
@@ -89,7 +96,7 @@ def fused_token_stats(
         policy,
         (ref_hidden, as_head("ref", ref_head, ref_bias)),
         tokens,
-        row_divergence(divergence),
+        divergence,
         temperature=temperature,
         vocab_size=vocab_size,
         chunk_size=chunk_size,
@@ -113,7 +120,8 @@ def fused_divergence(
     """A divergence of policy and reference at each position: `kl` of `fused_token_stats`.
 
     In distillation the student is the policy and the teacher the reference. Differentiable in
-    policy_hidden and policy_head. Arguments and errors are those of `fused_token_stats`.
+    policy_hidden and policy_head. Arguments and errors are those of `fused_token_stats`; TopK is
+    refused, being an estimate from the sampled tokens.
 
     Returns:
         `[N]`, nats.
@@ -124,6 +132,11 @@ def fused_divergence(
         >>> fused_divergence(torch.ones(1, 1), student, torch.ones(1, 1), teacher.log(), "fkl")
         tensor([0.1308])
     """
+    if isinstance(divergence, TopK):
+        raise ValueError(
+            f"divergence={divergence} needs the sampled tokens: pass them to fused_token_stats, "
+            "whose `kl` it then is"
+        )
     tokens = torch.zeros(len(policy_hidden), dtype=torch.long, device=policy_hidden.device)
     return fused_token_stats(
         policy_hidden,
@@ -170,7 +183,7 @@ def fused_token_logp(
         policy,
         None,
         tokens,
-        row_divergence("rkl"),
+        "rkl",
         temperature=temperature,
         vocab_size=vocab_size,
         chunk_size=chunk_size,
@@ -200,7 +213,8 @@ def fused_token_loss(
 
     The logits are multiplied once: when this returns, the gradients of policy_hidden and of all
     parts of policy_head are ready, and `loss.backward()` hands them out, times the upstream scalar.
-    Under torch.no_grad only the value is computed.
+    Those of 16-bit inputs are kept as float32 sums, and rounded once, after the scalar. Under
+    torch.no_grad only the value is computed.
 
     With `ref_logp`, log q(y) of these tokens from an earlier call (`fused_token_stats` with
     `whole_rows`), the reference is not normalised again: in PPO it stays the same over the epochs
@@ -256,7 +270,7 @@ def fused_token_loss(
         policy,
         (ref_hidden, as_head("ref", ref_head, ref_bias)),
         tokens,
-        row_divergence(divergence),
+        divergence,
         temperature=temperature,
         vocab_size=vocab_size,
         chunk_size=chunk_size,
@@ -301,7 +315,7 @@ def fused_logp_loss(
         policy,
         None,
         tokens,
-        row_divergence("rkl"),
+        "rkl",
         temperature=temperature,
         vocab_size=vocab_size,
         chunk_size=chunk_size,
@@ -320,7 +334,8 @@ class _Statistics(torch.autograd.Function):
     def forward(ctx, problem, whole_rows, on_logits, *inputs):
         ctx.set_materialize_grads(False)
         ctx.problem = problem
-        ctx.save_for_backward(*inputs)
+        # All that backward reads again, so that autograd refuses what was changed in place.
+        ctx.save_for_backward(*inputs, *problem.watched)
         tiled = not whole_rows and on_logits is None and can_tile(problem)
         stats = tile_statistics(problem) if tiled else sweep(problem, on_logits=on_logits)
         if problem.ref is not None:
@@ -328,15 +343,16 @@ class _Statistics(torch.autograd.Function):
         return stats
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *upstream):
-        problem, inputs = ctx.problem, ctx.saved_tensors  # the read refuses modified inputs
+        _refuse_create_graph()
+        problem, needed = ctx.problem, ctx.needs_input_grad[3:]
+        inputs = ctx.saved_tensors[: len(needed)]
         given = {
             name: gradient
             for name, gradient in zip(problem.record._fields, upstream, strict=True)
             if gradient is not None
         }
-        gradients = problem.policy.gradients(inputs, ctx.needs_input_grad[3:])
+        gradients = problem.policy.gradients(inputs, needed)
         sweep(problem, lambda rows, _: {k: g[rows] for k, g in given.items()}, gradients)
         return None, None, None, *gradients.in_dtype_of(inputs)
 
@@ -351,17 +367,39 @@ class _Loss(torch.autograd.Function):
             gradients = problem.policy.gradients(inputs, needed)
         stats = sweep(problem, chunk_loss, gradients)
         if gradients is not None:
-            ctx.save_for_backward(*gradients.in_dtype_of(inputs))
+            # As they were summed: a gradient in 16 bits would be rounded before it is scaled.
+            ctx.save_for_backward(*gradients.sums)
+            ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         ctx.mark_non_differentiable(*stats)
         return chunk_loss.total, *stats
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *upstream):
-        gradients, scale = ctx.saved_tensors, upstream[0]
-        if scale != 1:
-            gradients = [None if g is None else g * scale.to(g.dtype) for g in gradients]
-        return None, None, None, *gradients
+        _refuse_create_graph()
+        sums = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        scaled = [None if x is None else _scaled(x, upstream[0], dtype) for x, dtype in sums]
+        return None, None, None, *scaled
+
+
+def _refuse_create_graph() -> None:
+    # Autograd records a backward pass only under create_graph. torch's once_differentiable leaves
+    # constants there, and raises nothing where the upstream gradient is one.
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the fused functions have first derivatives only, which create_graph=True would treat "
+            "as constants: leave it False, or take second derivatives of rlkl.kl.reverse_kl"
+        )
+
+
+def _scaled(total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Total · scale, rounded once, without a second wide copy of a whole head."""
+    if total.dtype == dtype:
+        return total if scale == 1 else total * scale
+    out = torch.empty_like(total, dtype=dtype)
+    slices = (torch.atleast_1d(x).split(_ROUNDED_ROWS) for x in (out, total))
+    for target, part in zip(*slices, strict=True):
+        target.copy_(part * scale)
+    return out
 
 
 class _ChunkLoss:
@@ -372,8 +410,8 @@ class _ChunkLoss:
     ):
         n = len(problem.tokens)
         for i, x in enumerate(per_token):
-            if x.shape[:1] != (n,):
-                raise ValueError(f"per_token[{i}] has shape {tuple(x.shape)}: pass {n} rows")
+            if not isinstance(x, Tensor) or x.shape[:1] != (n,):
+                raise ValueError(f"per_token[{i}] is {described(x)}: pass a tensor of {n} rows")
             if x.requires_grad:
                 raise ValueError(f"per_token[{i}] requires a gradient, but is constant: detach it")
         self.loss_fn, self.record, self.per_token = loss_fn, problem.record, per_token
@@ -384,9 +422,9 @@ class _ChunkLoss:
         inputs = {k: x.requires_grad_() for k, x in named.items() if k != "ref_logp"}
         with torch.enable_grad():
             loss = self.loss_fn(self.record(**named), *(x[rows] for x in self.per_token))
-        if loss.shape != ():
+        if not isinstance(loss, Tensor) or loss.shape != ():
             raise ValueError(
-                f"loss_fn returned shape {tuple(loss.shape)}: return the sum over its tokens"
+                f"loss_fn returned {described(loss)}: return a scalar, the sum over its tokens"
             )
         self.total += loss.detach()
         if not loss.requires_grad:  # this chunk's loss does not depend on the statistics

@@ -271,7 +271,13 @@ class ModuleProduct(Product):
 
     def call(self, hidden: Tensor) -> Tensor:
         """What is multiplied, [n, V], differentiable if autograd is on."""
-        return _call(self.module, hidden)[:, : self.vocab].to(self.dtype) * self.scale
+        logits = _call(self.module, hidden)
+        if logits.shape[-1] < self.vocab:
+            raise ValueError(
+                f"ModuleHead's module returned {logits.shape[-1]} logits per token, fewer than "
+                f"{self.vocab}: set its vocab_size to that number"
+            )
+        return logits[:, : self.vocab].to(self.dtype) * self.scale
 
     def _multiply(self, rows: slice | Tensor, out: Tensor, columns: slice) -> None:
         out.copy_(self.call(self.hidden[rows])[:, columns])

@@ -8,10 +8,11 @@ from types import ModuleType
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rlkl.kl.distillation import Divergence
 from rlkl.kl.fused import torch_rows
-from rlkl.kl.fused.generators import RowDivergence
+from rlkl.kl.fused.generators import RowDivergence, TopK, row_divergence
 from rlkl.kl.fused.heads import ModuleHead, OutputHead, Product, check_head, inputs_of, products_of
 from rlkl.kl.fused.records import TokenLogp, TokenStats
 
@@ -38,6 +39,55 @@ def row_passes(device: torch.device, dtype: torch.dtype) -> ModuleType:
     return importlib.import_module("rlkl.kl.fused.numba_rows") if numba else torch_rows
 
 
+def described(x: object) -> str:
+    """What was passed: a tensor's dtype and shape, or the type of anything else."""
+    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def _check_tokens(tokens: Tensor) -> None:
+    kinds = torch.int32, torch.int64
+    if not isinstance(tokens, Tensor) or tokens.ndim != 1 or tokens.dtype not in kinds:
+        raise ValueError(f"tokens is {described(tokens)}: pass a tensor [N] of int64 or int32")
+
+
+def _check_divergence(divergence: str | Divergence | TopK) -> None:
+    if not isinstance(divergence, str | Divergence | TopK):
+        raise ValueError(
+            f"divergence is {described(divergence)}: pass a name or member of DIVERGENCES, or "
+            "TopK(k)"
+        )
+    if isinstance(divergence, TopK) and not isinstance(divergence.k, int):
+        raise ValueError(f"divergence={divergence}: k must be a whole number")
+
+
+def _check_model(name: str, hidden: Tensor, head: OutputHead | ModuleHead) -> None:
+    """What the parts of a model are; `check_head` says whether they fit each other."""
+    if not isinstance(head, OutputHead | ModuleHead):
+        raise ValueError(
+            f"{name}_head is {described(head)}: pass its weight [V, H] and {name}_bias, an "
+            "OutputHead, or ModuleHead(module, vocab_size)"
+        )
+    if isinstance(head, ModuleHead):
+        if any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in head.module.modules()):
+            raise ValueError(
+                f"{name}_head.module has active dropout, so that its logits change from call to "
+                "call: set dropout to 0 or call its eval()"
+            )
+    elif not isinstance(head.weight, Tensor) or head.weight.ndim != 2:
+        raise ValueError(f"{name}_head is {described(head.weight)}: pass its weight [V, H]")
+    for i, x in enumerate(inputs_of(hidden, head)):
+        if x is not None and not (isinstance(x, Tensor) and x.is_floating_point()):
+            part = "head" if i else "hidden"
+            raise ValueError(f"{name}_{part} is {described(x)}: pass floating-point numbers")
+
+
+def _tensors(hidden: Tensor, head: OutputHead | ModuleHead) -> list[Tensor]:
+    """All that a model's logits are made of."""
+    if isinstance(head, ModuleHead):
+        return [hidden, *head.module.parameters()]
+    return [x for x in inputs_of(hidden, head) if x is not None]
+
+
 @dataclass(frozen=True)
 class Problem:
     """The checked arguments of one call."""
@@ -48,6 +98,7 @@ class Problem:
     chunk_size: int
     divergence: RowDivergence
     ref_logp: Tensor | None  # [N], where the caller knows it
+    watched: tuple[Tensor, ...]  # all that the statistics are made of, for autograd to watch
 
     @classmethod
     def of(
@@ -55,7 +106,7 @@ class Problem:
         policy: tuple[Tensor, OutputHead | ModuleHead],
         ref: tuple[Tensor, OutputHead | ModuleHead] | None,
         tokens: Tensor,
-        divergence: RowDivergence,
+        divergence: str | Divergence | TopK,
         *,
         temperature: float,
         vocab_size: int | None,
@@ -64,20 +115,25 @@ class Problem:
         ref_logp: Tensor | None = None,
     ) -> Self:
         """Check the arguments of a public function; every model is (hidden, head)."""
+        models = {"policy": policy} if ref is None else {"policy": policy, "ref": ref}
+        for name, model in models.items():
+            _check_model(name, *model)
+        _check_tokens(tokens)
+        _check_divergence(divergence)
+        row = row_divergence(divergence)
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature={temperature}: must be positive and finite")
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size}: must be at least 1")
         if gemm_dtype not in (None, torch.bfloat16):
             raise ValueError(f"gemm_dtype={gemm_dtype}: use None or torch.bfloat16")
-        if ref_logp is not None and divergence.read is not None:
+        if ref_logp is not None and row.read is not None:
             raise ValueError("ref_logp serves D_KL(policy ‖ ref) only: leave it None")
         if ref_logp is not None and ref_logp.shape != tokens.shape:
             raise ValueError(
                 f"ref_logp has shape {tuple(ref_logp.shape)}: expected that of tokens, "
                 f"{tuple(tokens.shape)}"
             )
-        models = {"policy": policy} if ref is None else {"policy": policy, "ref": ref}
         sizes = {
             name: check_head(name, head, hidden, tokens.shape[0])
             for name, (hidden, head) in models.items()
@@ -109,7 +165,10 @@ class Problem:
         ref_product = products[1] if len(products) == 2 else None
         if ref_logp is not None:
             ref_logp = ref_logp.detach().to(dtype)
-        return cls(products[0], ref_product, tokens, chunk_size, divergence, ref_logp)
+        read = (tokens, *(x for model in models.values() for x in _tensors(*model)))
+        # An inference tensor has no version, by which autograd could see that it was changed.
+        watched = tuple(x.detach() for x in read if not x.is_inference())
+        return cls(products[0], ref_product, tokens, chunk_size, row, ref_logp, watched)
 
     @property
     def passes(self) -> ModuleType:

@@ -2,14 +2,19 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlkl.kl import (
+    ModuleHead,
     TokenStats,
+    TopK,
+    fused_divergence,
     fused_token_loss,
     fused_token_stats,
+    reverse_kl,
 )
+from rlkl.kl.fused import functions
 from rlkl.kl.fused.workers import Workers
 from tests.kl.fused.cases import (
     assert_close,
@@ -103,8 +108,30 @@ BAD = {
     "CPU": {"gemm_dtype": torch.bfloat16},  # with float64 inputs
     "policy_bias": {"policy_bias": torch.zeros(3)},
     "pass vocab_size": {"ref_head": torch.zeros(103, 11)},
-    "ref_hidden": {"ref_hidden": torch.zeros(29, 12)},
-    "tokens": {"tokens": torch.full((29,), 101)},
+    "ref_hidden has shape": {"ref_hidden": torch.zeros(29, 12)},
+    "tokens lie in": {"tokens": torch.full((29,), 101)},
+    r"tokens is .*int64 of shape \(29, 1\): pass": {"tokens": torch.zeros(29, 1, dtype=torch.long)},
+    r"tokens is .*int64 of shape \(\): pass": {"tokens": torch.tensor(3)},
+    "tokens is .*float32": {"tokens": torch.zeros(29, dtype=torch.float32)},
+    "tokens is .*bool": {"tokens": torch.zeros(29, dtype=torch.bool)},
+    "tokens is .*uint8": {"tokens": torch.zeros(29, dtype=torch.uint8)},
+    "tokens is list": {"tokens": [0] * 29},
+    "policy_head is Linear: pass its weight": {"policy_head": torch.nn.Linear(7, 101)},
+    "ref_head is NoneType: pass its weight": {"ref_head": None},
+    r"policy_head is .* \(7,\): pass its weight": {"policy_head": torch.zeros(7)},
+    r"ref_head is .* \(2, 101, 11\): pass": {"ref_head": torch.zeros(2, 101, 11)},
+    "policy_head is .*int8": {"policy_head": torch.zeros(101, 7, dtype=torch.int8)},
+    "policy_hidden is .*complex64": {"policy_hidden": torch.zeros(29, 7, dtype=torch.complex64)},
+    "policy_head.module has active dropout": {
+        "policy_head": ModuleHead(nn.Sequential(nn.Dropout(0.1), nn.Linear(7, 101)), 101)
+    },
+    "returned 100 logits per token, fewer than 101": {
+        "policy_head": ModuleHead(nn.Linear(7, 100), 101)
+    },
+    "returned 1 logits per token": {"policy_head": ModuleHead(nn.Linear(7, 1), 101)},
+    "divergence is NoneType: pass a name": {"divergence": None},
+    "divergence is function: pass a name": {"divergence": reverse_kl},
+    r"divergence=TopK\(k=2.5\)": {"divergence": TopK(2.5)},  # pyright: ignore[reportArgumentType]
 }
 
 
@@ -117,18 +144,26 @@ def test_bad_arguments_are_refused_by_name(named):
         fused_token_stats(**arguments)
 
 
+def test_a_divergence_without_tokens_refuses_topk_which_needs_them():
+    with pytest.raises(ValueError, match=r"TopK\(k=5\) needs the sampled tokens"):
+        fused_divergence(*make().positional[:4], TopK(5))  # pyright: ignore[reportArgumentType]
+
+
 def test_bad_losses_are_refused_by_name():
     case = make()
 
     def loss(loss_fn, *per_token):
         return fused_token_loss(loss_fn, *case.positional, *per_token)
 
-    with pytest.raises(ValueError, match=r"per_token\[0\] has shape \(28,\)"):
+    with pytest.raises(ValueError, match=r"per_token\[0\] is .* \(28,\): pass a tensor of 29 rows"):
         loss(combine, torch.zeros(28))
+    with pytest.raises(ValueError, match=r"per_token\[0\] is list: pass a tensor of 29 rows"):
+        loss(combine, [0.0] * 29)
     with pytest.raises(ValueError, match="detach"):
         loss(combine, torch.zeros(29, requires_grad=True))
-    with pytest.raises(ValueError, match="return the sum"):
-        loss(lambda stats: stats.kl)
+    for returned in (lambda stats: stats.kl, lambda stats: None, lambda stats: 1.0):
+        with pytest.raises(ValueError, match=r"loss_fn returned .*: return a scalar"):
+            loss(returned)
 
 
 def test_each_worker_computes_with_one_thread(threads):
@@ -189,3 +224,20 @@ def test_an_error_in_a_worker_reaches_the_caller_and_gives_torch_its_threads_bac
     with Workers(threads) as pool, pytest.raises(ZeroDivisionError):
         pool.run(lambda worker: 1 / (worker + 1 - threads))
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("upstream", [1 / 3, 1e-3, 65536.0])
+def test_a_16_bit_gradient_is_rounded_once_after_the_upstream_scalar(dtype, upstream, monkeypatch):
+    """65536 is where GradScaler begins, and no float16; 1/3 is no bfloat16."""
+    monkeypatch.setattr(functions, "_ROUNDED_ROWS", 32)
+    case, small = make().to(dtype), weights(29) / 1e5  # near the smallest float16
+    truth, leaves = case.to(torch.float64).leaves()
+    expected = gradients(combine(naive(truth), *small) * upstream, leaves)
+    policy, leaves = case.leaves()
+    loss, _ = fused_token_loss(combine, *policy.positional, *small, **policy.bias)
+    rounding = torch.finfo(dtype).eps / 2 + 2e-5  # and that of float32 sums
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    assert_close(
+        gradients(loss * upstream, leaves), expected, rounding, smallest + 2e-10 * upstream
+    )

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlkl.kl import (
+    ModuleHead,
+    OutputHead,
     TokenLogp,
     fused_logp_loss,
     fused_token_logp,
@@ -122,6 +124,45 @@ def test_without_a_reference_the_policy_part_is_the_same():
         assert_close(gradients(loss, leaves), expected_gradients, 1e-11, 1e-11)
 
 
+@pytest.mark.parametrize("part", range(7))
+def test_backward_refuses_what_was_changed_in_place_since(part):
+    case, (_, leaves) = make(), make().leaves()
+    policy = leaves[0], OutputHead(*leaves[1:])
+    ref = OutputHead(case.ref_head, case.ref_bias)
+    module = torch.nn.Linear(7, 101).requires_grad_(False)
+    kl = fused_token_stats(*policy, case.ref_hidden, ref, case.tokens).kl.sum()
+    kl += fused_token_stats(*policy, leaves[0], ModuleHead(module, 101), case.tokens).kl.sum()
+    torch.autograd.grad(kl, leaves, retain_graph=True)
+    changed = [*leaves, case.tokens, case.ref_hidden, case.ref_head, module.weight][part]
+    with torch.no_grad():
+        changed.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(kl, leaves)
+
+
+def test_a_reference_measured_in_inference_mode_serves_a_gradient():
+    case = make()
+    policy, leaves = case.leaves()
+    expected = gradients(naive(policy).kl.sum(), leaves)
+    with torch.inference_mode():
+        ref_hidden = case.ref_hidden * 1
+    stats = fused_token_stats(*policy._replace(ref_hidden=ref_hidden).positional, **policy.bias)
+    assert_close(gradients(stats.kl.sum(), leaves), expected, 1e-11, 1e-11)
+
+
+@pytest.mark.parametrize("in_one_pass", [False, True])
+def test_second_derivatives_are_refused_where_they_would_be_silently_wrong(in_one_pass):
+    """An upstream gradient that is a constant: torch's once_differentiable raises nothing."""
+    policy, leaves = make().leaves()
+    if in_one_pass:
+        loss, _ = fused_token_loss(combine, *policy.positional, *weights(29), **policy.bias)
+    else:
+        loss = combine(fused_token_stats(*policy.positional, **policy.bias), *weights(29))
+    penalised = leaves[0].sum() + loss  # a graph that has second derivatives otherwise
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(penalised, leaves, create_graph=True)
+
+
 def test_gradcheck_against_finite_differences():
     case, w = make(n=3, vocab=5, hidden=2, ref=2), weights(3)
     _, leaves = case.leaves()
@@ -173,13 +214,14 @@ def test_any_shape_gives_the_naive_result(n, vocab, hidden, ref, chunk_size, see
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("chunk_size", [None, 8])
-def test_whole_rows_have_the_bits_of_the_loss(chunk_size, threads):
+@pytest.mark.parametrize("chunk_size", [None, 8, 3])
+def test_whole_rows_have_the_bits_of_the_loss_in_the_same_chunks(chunk_size, threads):
     case, w = make(n=64, vocab=997).to(torch.float32), weights(64)
-    alone = fused_token_stats(*case.positional, **case.bias, whole_rows=True)
+    whole = {"whole_rows": True, "chunk_size": chunk_size}
+    alone = fused_token_stats(*case.positional, **case.bias, **whole)
     own = case.policy_hidden, case.policy_head, case.tokens
     policy_bias = {"policy_bias": case.policy_bias}
-    policy = fused_token_logp(*own, **policy_bias, whole_rows=True)
+    policy = fused_token_logp(*own, **policy_bias, **whole)
     _, stats = fused_token_loss(combine, *case.positional, *w, **case.bias, chunk_size=chunk_size)
     _, logp = fused_logp_loss(combine, *own, *w, **policy_bias, chunk_size=chunk_size)
     assert all((x == y).all() for x, y in zip(alone, stats, strict=True))
