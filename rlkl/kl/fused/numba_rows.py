@@ -136,9 +136,9 @@ def _of_key(typing_context: Any, key: Any) -> Any:
 
 @_compile(fastmath={"contract"})
 def _exp_parts(x):
-    """(2ⁿ, r, r² q(r)) of x = n log 2 + r; n stays in range beyond float32's; NaN stays NaN."""
-    inside = x if x > _MIN_X else _MIN_X
-    inside = inside if inside < _MAX_X else _MAX_X
+    """(2ⁿ, r, r² q(r)) of x = n log 2 + r, x ≥ −87; n stays in float32's range; NaN stays NaN."""
+    x = _MIN_X if x < _MIN_X else x
+    inside = x if x < _MAX_X else _MAX_X
     n = np.floor(inside * _LOG2_E + _HALF)
     r = (x - n * _LOG2_HIGH) - n * _LOG2_LOW
     q = ((((_Q5 * r + _Q4) * r + _Q3) * r + _Q2) * r + _Q1) * r + _Q0

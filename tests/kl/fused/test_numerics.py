@@ -135,6 +135,23 @@ def test_kl_is_infinite_where_the_reference_forbids_what_the_policy_allows(whole
     assert stats.entropy.isfinite().all()
 
 
+@pytest.mark.parametrize(("policy_bias", "ref_bias"), [(-50.0, -1e9), (-150.0, -3e38)])
+def test_a_finite_mask_of_the_reference_costs_what_the_policy_still_gives(
+    policy_bias, ref_bias, whole_rows
+):
+    case = make()
+    case.policy_bias[:5], case.ref_bias[:5] = policy_bias, ref_bias
+    single = case._replace(tokens=case.tokens.clamp(min=5)).to(torch.float32)
+    truth, leaves = single.to(torch.float64).leaves()
+    expected = naive(truth)
+    assert expected.kl.max() < 100
+    expected_gradients = gradients(expected.kl.sum(), leaves)
+    policy, leaves = single.leaves()
+    stats = fused_token_stats(*policy.positional, **policy.bias, whole_rows=whole_rows)
+    assert_close(stats, expected, 2e-5, 2e-5)
+    assert_close(gradients(stats.kl.sum(), leaves), expected_gradients, 1e-4, 1e-4)
+
+
 def test_bfloat16_products_keep_float32_logits():
     # Factors that are bfloat16 numbers already: the logits must be exact to float32.
     case = shifted(make(n=64, vocab=503, hidden=64), 1.0).to(torch.bfloat16)
