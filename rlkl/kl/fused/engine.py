@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rlkl.kl.divergences import log_softmax_pair
 from rlkl.kl.fused.buffers import Buffers
+from rlkl.kl.fused.generators import SMALLEST_P
 from rlkl.kl.fused.heads import Gradients, Product, gemm_precision
 from rlkl.kl.fused.problem import Problem
 from rlkl.kl.fused.torch_rows import log_of
@@ -17,8 +18,6 @@ OnLogits = Callable[[slice, Tensor, Tensor], None]
 
 # Above this t, p may have underflowed where the reference still has mass.
 MAX_T = 60.0
-# Stands for probabilities that underflow where they must carry a gradient.
-_SMALLEST_P = 1e-30
 # Rows that need a second look are copied so many at a time.
 _ROWS_AT_A_TIME = 208
 
@@ -146,7 +145,7 @@ class Chunk(Buffers):
                 value = problem.divergence.dense(a.requires_grad_(), b, tokens)
                 (gradient,) = torch.autograd.grad(value.sum(), a)
             # The gradient is −p ⊙ t, and must be where p underflows too.
-            p = logp.exp().clamp_(min=_SMALLEST_P)
+            p = logp.exp().clamp_(min=SMALLEST_P)
             here.p[index], here.p_sum[index], here.t[index] = p, 1.0, -gradient / p
         else:
             value = problem.divergence.dense(a, b, tokens)

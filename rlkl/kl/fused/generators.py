@@ -25,6 +25,8 @@ from torch import Tensor
 from rlkl.kl.distillation import Divergence, get_divergence
 from rlkl.kl.divergences import log_softmax_pair
 
+# Stands for probabilities that underflow where they must carry a gradient.
+SMALLEST_P = 1e-30
 # First try at the reference's most likely tokens; rows whose head may be larger are sorted whole.
 _LIKELY = 256
 
@@ -85,7 +87,9 @@ def row_divergence(divergence: str | Divergence | TopK) -> RowDivergence:
     def adaptive(rows: Rows, expm1: Tensor) -> Tensor:
         return _adaptive(rows, expm1, mass, rule)
 
-    if name == "js" and weight in (0.0, 1.0) and scaled:
+    if name == "js" and weight in (0.0, 1.0):
+        if not scaled:
+            return RowDivergence(_none, dense)
         name = "rkl" if weight else "fkl"
     if name == "rkl" or (name, weight) == ("fkl_rkl", 0.0) or (name, alpha) == ("skew_rkl", 0.0):
         return RowDivergence(None, dense)
@@ -119,8 +123,9 @@ def _topk(k: int) -> RowDivergence:
             slope = tail * (token_u + 1)
             rows.t.copy_((p * (u + 1)).sum(1, keepdim=True) + slope)
             rows.t.scatter_add_(1, index, -(u + 1))
-            own = rows.p.gather(1, rows.tokens) / rows.p_sum
-            rows.t.scatter_add_(1, rows.tokens, -slope / torch.where(tail, own, 1.0))
+            own = rows.p.gather(1, rows.tokens).clamp_(min=SMALLEST_P)
+            rows.p.scatter_(1, rows.tokens, own)
+            rows.t.scatter_add_(1, rows.tokens, -slope * rows.p_sum / own)
         return value
 
     def dense(policy_logits: Tensor, ref_logits: Tensor, tokens: Tensor) -> Tensor:
@@ -128,11 +133,12 @@ def _topk(k: int) -> RowDivergence:
         index = logp.detach().topk(min(k, logp.shape[1]), 1).indices
         head = logp.gather(1, index)
         possible = head > -torch.inf  # 0 · log 0 = 0
-        head = torch.where(possible, head.exp() * (head - logq.gather(1, index)), 0.0).sum(1)
+        u = torch.where(possible, head - logq.gather(1, index), 0.0)
+        head = (head.exp() * u).sum(1)
         own = logp.gather(1, tokens)[:, 0]
-        u = (own - logq.gather(1, tokens)[:, 0]).detach()
+        token_u = (own - logq.gather(1, tokens)[:, 0]).detach()
         tail = ~(index == tokens).any(1)
-        return head + torch.where(tail, (own - own.detach() + 1) * (u + 1) - 1, 0.0)
+        return head + torch.where(tail, (own - own.detach() + 1) * (token_u + 1) - 1, 0.0)
 
     return RowDivergence(read, dense)
 
@@ -188,16 +194,19 @@ def _adaptive(rows: Rows, expm1: Tensor, mass: float, rule: str) -> Tensor:
     return torch.where(total > 0, share.clamp(max=1), 0.5)
 
 
+def _none(rows: Rows, differentiate: bool) -> Tensor:
+    rows.t.zero_()
+    return torch.zeros_like(rows.kl)
+
+
 def _jensen_shannon(rows: Rows, differentiate: bool, w: float, scaled: bool) -> Tensor:
     exp, expm1 = _expm1(rows)
     factor = 1 / (w * (1 - w)) if scaled else 1.0
     log_mixture = torch.mul(expm1, w, out=rows.scratch[2]).log1p_()
     expm1.mul_(w).add_(1).mul_(log_mixture)  # (m/p) log(m/p)
     if differentiate:
-        s, log_mixture = rows.t, log_mixture.clone()
-    else:
-        s = rows.t
-    value = rows.mean(exp.mul_(s).mul_(w).sub_(expm1)).clamp_(min=0)
+        log_mixture = log_mixture.clone()
+    value = rows.mean(exp.mul_(rows.t).mul_(w).sub_(expm1)).clamp_(min=0)
     if differentiate:
         torch.sub(log_mixture, rows.mean(log_mixture), out=rows.t).mul_((1 - w) * factor)
     return value * factor
