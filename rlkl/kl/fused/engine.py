@@ -10,7 +10,6 @@ from rlkl.kl.fused.buffers import Buffers
 from rlkl.kl.fused.generators import SMALLEST_P
 from rlkl.kl.fused.heads import Gradients, Product, gemm_precision
 from rlkl.kl.fused.problem import Problem
-from rlkl.kl.fused.torch_rows import log_of
 from rlkl.kl.fused.workers import Workers
 
 OnLogits = Callable[[slice, Tensor, Tensor], None]
@@ -81,9 +80,6 @@ class Chunk(Buffers):
         problem, here = self.problem, self.rows
         token_logit = here.p.gather(1, here.tokens)
         self.reduce()
-        for index in _where(here.a_sum.isnan()):  # −inf logits: 0 · log 0 = 0
-            p = here.p[index]
-            here.a_sum[index] = log_of(p).mul_(p).sum(1, keepdim=True)
         log_sum = here.p_sum.log()
         logp = token_logit - here.peak - log_sum
         entropy = log_sum - here.a_sum / here.p_sum
@@ -123,13 +119,13 @@ class Chunk(Buffers):
             value = here.kl
             ref_logp = logp + here.t.gather(1, here.tokens) - value
         for index in _where(~(here.t_max < MAX_T)):  # also where it is NaN
-            value[index], log_ratio = self._far_divergence(index)
+            value[index], logq = self._far_divergence(index)
             if problem.ref_logp is None:
-                ref_logp[index] = logp[index] + log_ratio
+                ref_logp[index] = logq
         return ref_logp, value
 
     def _far_divergence(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """(divergence, log q(y)/p(y)) of rows where p underflows, q does not, or −inf forbids.
+        """(divergence, log q(y)) of rows where p underflows, q does not, or one model forbids.
 
         Their logits are multiplied anew, and the definitions of `rlkl.kl.divergences` summed.
         """
@@ -149,7 +145,7 @@ class Chunk(Buffers):
             here.p[index], here.p_sum[index], here.t[index] = p, 1.0, -gradient / p
         else:
             value = problem.divergence.dense(a, b, tokens)
-        return value.detach()[:, None], (logq - logp).gather(1, tokens)
+        return value.detach()[:, None], logq.gather(1, tokens)
 
     def logit_gradient(self, stats: tuple[Tensor, ...], given: dict[str, Tensor]) -> Tensor:
         """Gradient [n, V] with respect to what the head multiplied for the chunk last read.

@@ -26,7 +26,8 @@ _RUN = 4096
 _INT, _FLOAT = ir.IntType(32), ir.FloatType()
 _ZERO, _HALF, _ONE = np.float32(0), np.float32(0.5), np.float32(1)
 _INFINITY = np.float32(np.inf)
-_LOWEST_KEY = np.int32(-(2**31))
+# The key (see below) of the lowest finite number: a maximum is that where every logit is −∞.
+_LOWEST_KEY = np.int32(-(2**31) + 2**23)
 # Where eˣ leaves float32's normal numbers.
 _MIN_X, _MAX_X = np.float32(-87), np.float32(88)
 _LOG2_E = np.float32(1.4426950408889634)
@@ -186,16 +187,17 @@ def _policy_sums(a, peak):
         x = a[i] - peak
         p = _exp(x)
         p_sum += p
-        a_sum += p * x
+        a_sum += p * (_MIN_X if x < _MIN_X else x)  # p = 0 below; and 0 · ∞ is NaN
         a[i] = p
     return p_sum, a_sum
 
 
 @_compile()
 def _subtract(b, a):
+    """Differences b − a to b; 0 where both are −∞."""
     _whole_vectors()
     for i in range(b.shape[0]):
-        b[i] -= a[i]
+        b[i] = _ZERO if b[i] == a[i] else b[i] - a[i]
 
 
 @_compile(fastmath=_ANY_ORDER)
@@ -254,9 +256,9 @@ def _read_joint(p, t, stride, vocab, peaks, p_sums, a_sums, t_means, t_maxima, p
             p_sum += sums[0]
             a_sum += sums[1]
             t_sum += _dot(a_run, b_run)
-        mean = np.float32(t_sum / p_sum)
+        mean = np.float32(t_sum / max(p_sum, 1.0))  # the largest p is 1, if any token is allowed
         peaks[row], p_sums[row], a_sums[row], t_means[row] = peak, p_sum, a_sum, mean
-        # A mean that is not finite comes of forbidden tokens: such rows are read by another way.
+        # A mean that is not finite comes of tokens that one model forbids: these rows are read anew.
         t_max = -_INFINITY if mean - mean == _ZERO else _INFINITY
         if with_phi:
             phi_sum = 0.0

@@ -25,6 +25,12 @@ def _exp_remainder(t):
 
 
 @triton.jit
+def _difference(b, a):
+    """Difference b − a; 0 where both are −∞."""
+    return tl.where(b == a, 0.0, b - a)
+
+
+@triton.jit
 def _read_row(
     p_ptr,
     t_ptr,
@@ -58,10 +64,10 @@ def _read_row(
         a = tl.load(p_row + start + lanes, mask=real, other=0.0)
         p = tl.where(real, tl.exp(a - peak), 0.0)
         p_sums += p
-        a_sums += tl.where(real, p * (a - peak), 0.0)
+        a_sums += tl.where(real & (p > 0.0), p * (a - peak), 0.0)
         if HAS_REF:
             b = tl.load(t_row + start + lanes, mask=real, other=0.0)
-            t_sums += tl.where(real, p * (b - a), 0.0)
+            t_sums += tl.where(real, p * _difference(b, a), 0.0)
     p_sum = tl.sum(p_sums, axis=0)
     mean = tl.sum(t_sums, axis=0) / p_sum
 
@@ -71,7 +77,8 @@ def _read_row(
         a = tl.load(p_row + start + lanes, mask=real, other=0.0)
         p = tl.exp(a - peak)
         if HAS_REF:
-            t = tl.load(t_row + start + lanes, mask=real, other=0.0) - a - mean
+            b = tl.load(t_row + start + lanes, mask=real, other=0.0)
+            t = _difference(b, a) - mean
             if WITH_PHI:
                 phi_sums += tl.where(real, p * _exp_remainder(t), 0.0)
                 t_maxima = tl.maximum(t_maxima, tl.where(real, t, -float("inf")))
@@ -83,7 +90,7 @@ def _read_row(
     tl.store(a_sum_ptr + row, tl.sum(a_sums, axis=0))
     if HAS_REF:
         tl.store(t_mean_ptr + row, mean)
-        # A mean that is not finite comes of forbidden tokens: such rows are read by another way.
+        # A mean that is not finite comes of tokens that one model forbids: these rows are read anew.
         t_max = tl.where(mean - mean == 0.0, tl.max(t_maxima, axis=0), float("inf"))
         tl.store(t_max_ptr + row, t_max)
         tl.store(phi_sum_ptr + row, tl.sum(phi_sums, axis=0))

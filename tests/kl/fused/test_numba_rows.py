@@ -122,11 +122,11 @@ def test_what_is_not_a_number_stays_in_its_row(of_ref, sign):
 
 
 @pytest.mark.parametrize("with_phi", [False, True])
-def test_rows_with_forbidden_tokens_are_marked(with_phi):
+def test_rows_with_tokens_that_one_model_forbids_are_marked(with_phi):
     a, b = logits(2, 41)
     a[1, 3] = -torch.inf
     rows = read(a, b, with_phi)
-    assert rows["a_sum"].isnan()[:, 0].tolist() == [False, True]
+    assert rows["a_sum"].isfinite().all()
     assert (rows["t_max"] < MAX_T)[:, 0].tolist() == [True, False]
     assert a[1, 3] == 0
     assert rows["p_sum"].isfinite().all()

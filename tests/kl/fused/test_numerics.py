@@ -8,6 +8,7 @@ from rlkl.kl import (
     fused_token_loss,
     fused_token_stats,
 )
+from rlkl.kl.fused import engine, tiles
 from tests.kl.fused.cases import (
     Case,
     assert_close,
@@ -124,6 +125,59 @@ def test_tokens_the_policy_forbids_count_for_nothing(forbidden_in_ref, threads):
         case.policy_hidden, case.policy_head, case.tokens, policy_bias=case.policy_bias
     )
     assert_close(alone, (expected.policy_logp, expected.entropy), 1e-11, 1e-11)
+
+
+@pytest.mark.parametrize("forbidden", [slice(85), slice(30, None), slice(50, 90)])
+@pytest.mark.parametrize("divergence", ["rkl", "akl"])
+def test_rows_with_tokens_that_both_forbid_are_read_as_others_are(
+    forbidden, divergence, whole_rows, monkeypatch
+):
+    """Whole tiles of such tokens too."""
+    case = make()
+    case.policy_bias[forbidden] = case.ref_bias[forbidden] = -torch.inf
+    allowed = case.policy_bias.isfinite()
+    case = case._replace(tokens=allowed.nonzero()[:, 0][case.tokens % int(allowed.sum())])
+    rest = case._replace(
+        policy_head=case.policy_head[allowed],
+        policy_bias=case.policy_bias[allowed],
+        ref_head=case.ref_head[allowed],
+        ref_bias=case.ref_bias[allowed],
+        tokens=(allowed.cumsum(0) - 1)[case.tokens],
+    )
+    truth, leaves = rest.leaves()
+    options = {"divergence": divergence, "whole_rows": whole_rows}
+    expected = fused_token_stats(*truth.positional, **truth.bias, **options)
+    hidden_gradient, head_gradient, _ = gradients(combine(expected, *weights(29)), leaves)
+    monkeypatch.delattr(engine.Chunk, "_far_divergence")
+    for dtype in (torch.float64, torch.float32):
+        policy, leaves = case.to(dtype).leaves()
+        with torch.no_grad(), monkeypatch.context() as patch:
+            if not whole_rows:
+                patch.delattr(tiles, "sweep")
+            fused_token_stats(*policy.positional, **policy.bias, whole_rows=whole_rows)
+        stats = fused_token_stats(*policy.positional, **policy.bias, **options)
+        tolerance = 1e-11 if dtype == torch.float64 else 2e-5
+        assert_close(stats, expected, tolerance, tolerance)
+        found = gradients(combine(stats, *weights(29)), leaves)
+        assert (found[1][~allowed] == 0).all()
+        assert_close([found[0], found[1][allowed]], [hidden_gradient, head_gradient], 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("forbidden_in_ref", [True, False])
+def test_the_reference_keeps_its_log_probability_of_a_token_the_policy_forbids(
+    forbidden_in_ref, whole_rows
+):
+    case = make()
+    case.policy_bias[:5] = -torch.inf
+    if forbidden_in_ref:
+        case.ref_bias[:5] = -torch.inf
+    case = case._replace(tokens=torch.full((29,), 3))
+    stats, expected = (
+        fused_token_stats(*case.positional, **case.bias, whole_rows=whole_rows),
+        naive(case),
+    )
+    assert (stats.policy_logp == -torch.inf).all()
+    assert_close(stats, expected, 1e-11, 1e-11)
 
 
 def test_kl_is_infinite_where_the_reference_forbids_what_the_policy_allows(whole_rows):
