@@ -142,7 +142,8 @@ class Chunk(Buffers):
                 (gradient,) = torch.autograd.grad(value.sum(), a)
             # The gradient is −p ⊙ t, and must be where p underflows too.
             p = logp.exp().clamp_(min=SMALLEST_P)
-            here.p[index], here.p_sum[index], here.t[index] = p, 1.0, -gradient / p
+            here.p[index], here.t[index] = p, -gradient / p
+            here.p_sum[index], here.t_sum[index] = 1.0, 0.0
         else:
             value = problem.divergence.dense(a, b, tokens)
         return value.detach()[:, None], logq.gather(1, tokens)
@@ -150,7 +151,8 @@ class Chunk(Buffers):
     def logit_gradient(self, stats: tuple[Tensor, ...], given: dict[str, Tensor]) -> Tensor:
         """Gradient [n, V] with respect to what the head multiplied for the chunk last read.
 
-        g_logp onehot(y) − p ⊙ (g_kl t + g_logp + g_entropy (log p + H)), in p's buffer.
+        g_logp onehot(y) − p ⊙ (g_kl (t − E_p[t]) + g_logp + g_entropy (log p + H)), in p's buffer:
+        where the policy is nearly certain, what rounding left of the mean is as large as t.
         """
         here, p_sum = self.rows, self.rows.p_sum
         g_logp, g_kl, g_entropy = map(given.get, ("policy_logp", "kl", "entropy"))
@@ -160,6 +162,7 @@ class Chunk(Buffers):
             here.constant.sub_(here.token_gradient)
         if g_kl is not None:
             torch.div(g_kl[:, None], -p_sum, out=here.t_factor)
+            here.constant.sub_(here.t_factor * here.t_sum)
         if g_entropy is not None:  # log p = log(p · p_sum) − log p_sum
             torch.div(g_entropy[:, None], -p_sum, out=here.log_factor)
             here.constant.sub_(g_entropy[:, None] * (stats[-1][:, None] - p_sum.log()))

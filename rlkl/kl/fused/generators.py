@@ -32,11 +32,12 @@ _LIKELY = 256
 
 
 class Rows(NamedTuple):
-    """A block of rows: p unnormalised, t = s + kl; kl = D_KL(policy ‖ ref)."""
+    """A block of rows: p unnormalised, t = s + kl + t_mean; kl = D_KL(policy ‖ ref)."""
 
     p: Tensor  # [n, V]
     p_sum: Tensor  # [n, 1]
     t: Tensor  # [n, V]
+    t_mean: Tensor  # [n, 1], what rounding left
     kl: Tensor  # [n, 1]
     tokens: Tensor  # [n, 1]
     scratch: tuple[Tensor, ...]  # three of [n, V]
@@ -113,7 +114,7 @@ def _topk(k: int) -> RowDivergence:
         raise ValueError(f"TopK(k={k}): must be at least 1")
 
     def read(rows: Rows, differentiate: bool) -> Tensor:
-        s = rows.t.sub_(rows.kl)
+        s = rows.t.sub_(rows.kl + rows.t_mean)
         index = rows.p.topk(min(k, rows.p.shape[1]), 1).indices
         p, u = rows.p.gather(1, index) / rows.p_sum, -s.gather(1, index)
         tail = ~(index == rows.tokens).any(1, keepdim=True)
@@ -144,8 +145,8 @@ def _topk(k: int) -> RowDivergence:
 
 
 def _expm1(rows: Rows) -> tuple[Tensor, Tensor]:
-    """(eˢ, expm1 s) in the first two scratch blocks, with s = t − kl left in t."""
-    s = rows.t.sub_(rows.kl)
+    """(eˢ, expm1 s) in the first two scratch blocks, with s left in t."""
+    s = rows.t.sub_(rows.kl + rows.t_mean)
     x, y = rows.scratch[:2]
     torch.exp(s, out=x)
     # expm1(s) = tanh(s/2)(eˢ + 1) keeps every digit near 0, in a quarter of expm1's time.

@@ -29,6 +29,7 @@ def read_rows(p: Tensor, t: Tensor | None, rows: dict[str, Tensor], *, with_phi:
         return
     torch.sum(torch.mul(p, t, out=x), 1, keepdim=True, out=mean)
     t.sub_(mean.div_(p_sum.clamp(min=1)))  # the largest p is 1, if any token is allowed
+    torch.sum(torch.mul(p, t, out=x), 1, keepdim=True, out=rows["t_sum"])
     if not with_phi:
         torch.sub(mean, mean, out=rows["t_max"])  # NaN marks rows with −inf
         return

@@ -7,6 +7,7 @@ from rlkl.kl import (
     fused_token_logp,
     fused_token_loss,
     fused_token_stats,
+    get_divergence,
 )
 from rlkl.kl.fused import engine, tiles
 from tests.kl.fused.cases import (
@@ -73,6 +74,28 @@ def test_small_kl_keeps_its_digits_where_the_direct_formula_has_none(size, whole
         direct = naive(single).kl
         assert ((direct - truth) / truth).abs().median() > 0.1
         assert (direct < 0).any()
+
+
+@pytest.mark.parametrize("divergence", ["rkl", "known", "fkl", "akl", "js", "skew_rkl"])
+def test_nearly_certain_tokens_keep_the_digits_of_their_gradients(divergence):
+    """Their t is as small as what rounding leaves of the mean of b − a, here 6.1."""
+    logits = torch.tensor([[0.0, -14.0], [0.0, -15.3], [0.0, -13.7]], dtype=torch.float32)
+    ref = torch.tensor([[6.1, -6.3], [6.3, -7.1], [7.7, -7.8]], dtype=torch.float32)
+    name = "rkl" if divergence == "known" else divergence
+    truth = logits.double().requires_grad_()
+    expected = get_divergence(name)(truth, ref.double())
+    assert 1e-8 < expected.min() < expected.max() < 5e-6
+    (gradient,) = gradients(expected.sum(), [truth])
+    head, identity, tokens = logits.T.clone().requires_grad_(), torch.eye(3).float(), torch.zeros(3)
+    inputs = identity, head, identity, ref.T.contiguous(), tokens.long()
+    if divergence == "known":
+        known = fused_token_stats(*inputs).ref_logp
+        loss, _ = fused_token_loss(lambda stats: stats.kl.sum(), *inputs, ref_logp=known)
+    else:
+        kl = fused_token_stats(*inputs, divergence=name).kl
+        assert_close([kl], [expected.float()], 1e-4, 0)
+        loss = kl.sum()
+    assert_close(gradients(loss, [head]), [gradient.T.float()], 1e-4, 0)
 
 
 def test_kl_is_never_negative_whatever_the_rounding(whole_rows):
