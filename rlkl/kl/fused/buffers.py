@@ -31,6 +31,7 @@ class Block(NamedTuple):
     t_mean: Tensor
     t_max: Tensor
     t_token: Tensor
+    t_sum: Tensor  # Σ p t: what the rounding of the mean left
     phi_sum: Tensor  # Σ p φ(t)
     other: Tensor  # the divergence asked for, if it is not D_KL(policy ‖ ref)
     constant: Tensor  # the gradient's factors of p: this
@@ -49,7 +50,7 @@ class Block(NamedTuple):
     @property
     def sums(self) -> dict[str, Tensor]:
         """What `read_rows` fills."""
-        names = ("peak", "p_sum", "a_sum", "t_mean", "t_max", "phi_sum")
+        names = ("peak", "p_sum", "a_sum", "t_mean", "t_max", "t_sum", "phi_sum")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -79,7 +80,7 @@ class Buffers:
         t = buffers[1] if problem.ref is not None else empty(size, 0)
         slope = buffers[-1] if capped else empty(size, 0)
         tokens = torch.empty_like(problem.tokens[:size, None])
-        self.buffers = self.rows = Block(buffers[0], t, slope, tokens, *empty(12, size, 1))
+        self.buffers = self.rows = Block(buffers[0], t, slope, tokens, *empty(13, size, 1))
         other = problem.divergence.read is not None
         self.block_rows: int | None = None  # a worker's rows all at once
         if device.type == "cpu" and (other or self.passes is torch_rows):
@@ -126,8 +127,10 @@ class Buffers:
         self.passes.read_rows(block.p, t, block.sums, with_phi=self.problem.ref_logp is None)
         if (read := self.problem.divergence.read) is not None and t is not None:
             block.t_token.copy_(t.gather(1, block.tokens))  # t itself is overwritten
-            rows = Rows(block.p, block.p_sum, t, block.kl, block.tokens, scratch)
+            t_mean = block.t_sum / block.p_sum
+            rows = Rows(block.p, block.p_sum, t, t_mean, block.kl, block.tokens, scratch)
             block.other.copy_(read(rows, self.differentiate))
+            block.t_sum.zero_()  # X needs no more of it
 
     def differentiate_logits(self, *, logp: bool, kl: bool, entropy: bool) -> None:
         """The gradient of what the head multiplied in p's place, by each row's factors."""

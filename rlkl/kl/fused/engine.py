@@ -7,10 +7,10 @@ from torch import Tensor
 
 from rlkl.kl.divergences import log_softmax_pair
 from rlkl.kl.fused.buffers import Buffers
+from rlkl.kl.fused.generators import SMALLEST_P
 from rlkl.kl.fused.heads import Gradients, Product
 from rlkl.kl.fused.precision import gemm_precision
 from rlkl.kl.fused.problem import Problem
-from rlkl.kl.fused.torch_rows import log_of
 from rlkl.kl.fused.workers import Workers
 
 OnLogits = Callable[[slice, Tensor, Tensor], None]
@@ -18,8 +18,6 @@ OnLogits = Callable[[slice, Tensor, Tensor], None]
 
 # Above this t, p may have underflowed where the reference still has mass.
 MAX_T = 60.0
-# Stands for probabilities that underflow where they must carry a gradient.
-_SMALLEST_P = 1e-30
 # Rows that need a second look are copied so many at a time.
 _ROWS_AT_A_TIME = 208
 
@@ -83,9 +81,6 @@ class Chunk(Buffers):
         problem, here = self.problem, self.rows
         token_logit = here.p.gather(1, here.tokens)
         self.reduce()
-        for index in _where(here.a_sum.isnan()):  # −inf logits: 0 · log 0 = 0
-            p = here.p[index]
-            here.a_sum[index] = log_of(p).mul_(p).sum(1, keepdim=True)
         log_sum = here.p_sum.log()
         logp = token_logit - here.peak - log_sum
         entropy = log_sum - here.a_sum / here.p_sum
@@ -125,13 +120,13 @@ class Chunk(Buffers):
             value = here.kl
             ref_logp = logp + here.t.gather(1, here.tokens) - value
         for index in _where(~(here.t_max < MAX_T)):  # also where it is NaN
-            value[index], log_ratio = self._far_divergence(index)
+            value[index], logq = self._far_divergence(index)
             if problem.ref_logp is None:
-                ref_logp[index] = logp[index] + log_ratio
+                ref_logp[index] = logq
         return ref_logp, value
 
     def _far_divergence(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """(divergence, log q(y)/p(y)) of rows where p underflows, q does not, or −inf forbids.
+        """(divergence, log q(y)) of rows where p underflows, q does not, or one model forbids.
 
         Their logits are multiplied anew, and the definitions of `rlkl.kl.divergences` summed.
         """
@@ -147,16 +142,18 @@ class Chunk(Buffers):
                 value = problem.divergence.dense(a.requires_grad_(), b, tokens)
                 (gradient,) = torch.autograd.grad(value.sum(), a)
             # The gradient is −p ⊙ t, and must be where p underflows too.
-            p = logp.exp().clamp_(min=_SMALLEST_P)
-            here.p[index], here.p_sum[index], here.t[index] = p, 1.0, -gradient / p
+            p = logp.exp().clamp_(min=SMALLEST_P)
+            here.p[index], here.t[index] = p, -gradient / p
+            here.p_sum[index], here.t_sum[index] = 1.0, 0.0
         else:
             value = problem.divergence.dense(a, b, tokens)
-        return value.detach()[:, None], (logq - logp).gather(1, tokens)
+        return value.detach()[:, None], logq.gather(1, tokens)
 
     def logit_gradient(self, stats: tuple[Tensor, ...], given: dict[str, Tensor]) -> Tensor:
         """Gradient [n, V] with respect to what the head multiplied for the chunk last read.
 
-        g_logp onehot(y) − p ⊙ (g_kl t + g_logp + g_entropy (log p + H)), in p's buffer.
+        g_logp onehot(y) − p ⊙ (g_kl (t − E_p[t]) + g_logp + g_entropy (log p + H)), in p's buffer:
+        where the policy is nearly certain, what rounding left of the mean is as large as t.
         """
         here, p_sum = self.rows, self.rows.p_sum
         g_logp, g_kl, g_entropy = map(given.get, ("policy_logp", "kl", "entropy"))
@@ -166,6 +163,7 @@ class Chunk(Buffers):
             here.constant.sub_(here.token_gradient)
         if g_kl is not None:
             torch.div(g_kl[:, None], -p_sum, out=here.t_factor)
+            here.constant.sub_(here.t_factor * here.t_sum)
         if g_entropy is not None:  # log p = log(p · p_sum) − log p_sum
             torch.div(g_entropy[:, None], -p_sum, out=here.log_factor)
             here.constant.sub_(g_entropy[:, None] * (stats[-1][:, None] - p_sum.log()))

@@ -25,16 +25,19 @@ from torch import Tensor
 from rlkl.kl.distillation import Divergence, get_divergence
 from rlkl.kl.divergences import log_softmax_pair
 
+# Stands for probabilities that underflow where they must carry a gradient.
+SMALLEST_P = 1e-30
 # First try at the reference's most likely tokens; rows whose head may be larger are sorted whole.
 _LIKELY = 256
 
 
 class Rows(NamedTuple):
-    """A block of rows: p unnormalised, t = s + kl; kl = D_KL(policy ‖ ref)."""
+    """A block of rows: p unnormalised, t = s + kl + t_mean; kl = D_KL(policy ‖ ref)."""
 
     p: Tensor  # [n, V]
     p_sum: Tensor  # [n, 1]
     t: Tensor  # [n, V]
+    t_mean: Tensor  # [n, 1], what rounding left
     kl: Tensor  # [n, 1]
     tokens: Tensor  # [n, 1]
     scratch: tuple[Tensor, ...]  # three of [n, V]
@@ -85,7 +88,9 @@ def row_divergence(divergence: str | Divergence | TopK) -> RowDivergence:
     def adaptive(rows: Rows, expm1: Tensor) -> Tensor:
         return _adaptive(rows, expm1, mass, rule)
 
-    if name == "js" and weight in (0.0, 1.0) and scaled:
+    if name == "js" and weight in (0.0, 1.0):
+        if not scaled:
+            return RowDivergence(_none, dense)
         name = "rkl" if weight else "fkl"
     if name == "rkl" or (name, weight) == ("fkl_rkl", 0.0) or (name, alpha) == ("skew_rkl", 0.0):
         return RowDivergence(None, dense)
@@ -109,7 +114,7 @@ def _topk(k: int) -> RowDivergence:
         raise ValueError(f"TopK(k={k}): must be at least 1")
 
     def read(rows: Rows, differentiate: bool) -> Tensor:
-        s = rows.t.sub_(rows.kl)
+        s = rows.t.sub_(rows.kl + rows.t_mean)
         index = rows.p.topk(min(k, rows.p.shape[1]), 1).indices
         p, u = rows.p.gather(1, index) / rows.p_sum, -s.gather(1, index)
         tail = ~(index == rows.tokens).any(1, keepdim=True)
@@ -119,8 +124,9 @@ def _topk(k: int) -> RowDivergence:
             slope = tail * (token_u + 1)
             rows.t.copy_((p * (u + 1)).sum(1, keepdim=True) + slope)
             rows.t.scatter_add_(1, index, -(u + 1))
-            own = rows.p.gather(1, rows.tokens) / rows.p_sum
-            rows.t.scatter_add_(1, rows.tokens, -slope / torch.where(tail, own, 1.0))
+            own = rows.p.gather(1, rows.tokens).clamp_(min=SMALLEST_P)
+            rows.p.scatter_(1, rows.tokens, own)
+            rows.t.scatter_add_(1, rows.tokens, -slope * rows.p_sum / own)
         return value
 
     def dense(policy_logits: Tensor, ref_logits: Tensor, tokens: Tensor) -> Tensor:
@@ -128,18 +134,19 @@ def _topk(k: int) -> RowDivergence:
         index = logp.detach().topk(min(k, logp.shape[1]), 1).indices
         head = logp.gather(1, index)
         possible = head > -torch.inf  # 0 · log 0 = 0
-        head = torch.where(possible, head.exp() * (head - logq.gather(1, index)), 0.0).sum(1)
+        u = torch.where(possible, head - logq.gather(1, index), 0.0)
+        head = (head.exp() * u).sum(1)
         own = logp.gather(1, tokens)[:, 0]
-        u = (own - logq.gather(1, tokens)[:, 0]).detach()
+        token_u = (own - logq.gather(1, tokens)[:, 0]).detach()
         tail = ~(index == tokens).any(1)
-        return head + torch.where(tail, (own - own.detach() + 1) * (u + 1) - 1, 0.0)
+        return head + torch.where(tail, (own - own.detach() + 1) * (token_u + 1) - 1, 0.0)
 
     return RowDivergence(read, dense)
 
 
 def _expm1(rows: Rows) -> tuple[Tensor, Tensor]:
-    """(eˢ, expm1 s) in the first two scratch blocks, with s = t − kl left in t."""
-    s = rows.t.sub_(rows.kl)
+    """(eˢ, expm1 s) in the first two scratch blocks, with s left in t."""
+    s = rows.t.sub_(rows.kl + rows.t_mean)
     x, y = rows.scratch[:2]
     torch.exp(s, out=x)
     # expm1(s) = tanh(s/2)(eˢ + 1) keeps every digit near 0, in a quarter of expm1's time.
@@ -188,16 +195,19 @@ def _adaptive(rows: Rows, expm1: Tensor, mass: float, rule: str) -> Tensor:
     return torch.where(total > 0, share.clamp(max=1), 0.5)
 
 
+def _none(rows: Rows, differentiate: bool) -> Tensor:
+    rows.t.zero_()
+    return torch.zeros_like(rows.kl)
+
+
 def _jensen_shannon(rows: Rows, differentiate: bool, w: float, scaled: bool) -> Tensor:
     exp, expm1 = _expm1(rows)
     factor = 1 / (w * (1 - w)) if scaled else 1.0
     log_mixture = torch.mul(expm1, w, out=rows.scratch[2]).log1p_()
     expm1.mul_(w).add_(1).mul_(log_mixture)  # (m/p) log(m/p)
     if differentiate:
-        s, log_mixture = rows.t, log_mixture.clone()
-    else:
-        s = rows.t
-    value = rows.mean(exp.mul_(s).mul_(w).sub_(expm1)).clamp_(min=0)
+        log_mixture = log_mixture.clone()
+    value = rows.mean(exp.mul_(rows.t).mul_(w).sub_(expm1)).clamp_(min=0)
     if differentiate:
         torch.sub(log_mixture, rows.mean(log_mixture), out=rows.t).mul_((1 - w) * factor)
     return value * factor

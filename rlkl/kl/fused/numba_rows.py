@@ -26,7 +26,8 @@ _RUN = 4096
 _INT, _FLOAT = ir.IntType(32), ir.FloatType()
 _ZERO, _HALF, _ONE = np.float32(0), np.float32(0.5), np.float32(1)
 _INFINITY = np.float32(np.inf)
-_LOWEST_KEY = np.int32(-(2**31))
+# The key (see below) of the lowest finite number: a maximum is that where every logit is −∞.
+_LOWEST_KEY = np.int32(-(2**31) + 2**23)
 # Where eˣ leaves float32's normal numbers.
 _MIN_X, _MAX_X = np.float32(-87), np.float32(88)
 _LOG2_E = np.float32(1.4426950408889634)
@@ -136,9 +137,9 @@ def _of_key(typing_context: Any, key: Any) -> Any:
 
 @_compile(fastmath={"contract"})
 def _exp_parts(x):
-    """(2ⁿ, r, r² q(r)) of x = n log 2 + r; n stays in range beyond float32's; NaN stays NaN."""
-    inside = x if x > _MIN_X else _MIN_X
-    inside = inside if inside < _MAX_X else _MAX_X
+    """(2ⁿ, r, r² q(r)) of x = n log 2 + r, x ≥ −87; n stays in float32's range; NaN stays NaN."""
+    x = _MIN_X if x < _MIN_X else x
+    inside = x if x < _MAX_X else _MAX_X
     n = np.floor(inside * _LOG2_E + _HALF)
     r = (x - n * _LOG2_HIGH) - n * _LOG2_LOW
     q = ((((_Q5 * r + _Q4) * r + _Q3) * r + _Q2) * r + _Q1) * r + _Q0
@@ -186,16 +187,17 @@ def _policy_sums(a, peak):
         x = a[i] - peak
         p = _exp(x)
         p_sum += p
-        a_sum += p * x
+        a_sum += p * (_MIN_X if x < _MIN_X else x)  # p = 0 below; and 0 · ∞ is NaN
         a[i] = p
     return p_sum, a_sum
 
 
 @_compile()
 def _subtract(b, a):
+    """Differences b − a to b; 0 where both are −∞."""
     _whole_vectors()
     for i in range(b.shape[0]):
-        b[i] -= a[i]
+        b[i] = _ZERO if b[i] == a[i] else b[i] - a[i]
 
 
 @_compile(fastmath=_ANY_ORDER)
@@ -209,21 +211,28 @@ def _dot(p, t):
 
 @_compile(fastmath=_ANY_ORDER)
 def _phi_sums(p, t, mean):
-    """Differences b − a to t, less its mean; Σ p φ(t) and max t."""
+    """Differences b − a to t, less its mean; Σ p φ(t), Σ p t and max t."""
     _whole_vectors()
-    phi_sum, key = _ZERO, _LOWEST_KEY
+    phi_sum, t_sum, key = _ZERO, _ZERO, _LOWEST_KEY
     for i in range(p.shape[0]):
         centred = t[i] - mean
         phi_sum += p[i] * _phi(centred)
+        t_sum += p[i] * centred
         key = _larger_key(key, centred)
         t[i] = centred
-    return phi_sum, _of_key(key)
+    return phi_sum, t_sum, _of_key(key)
 
 
-@_compile()
-def _centre(t, mean):
-    for i in range(t.shape[0]):
-        t[i] -= mean
+@_compile(fastmath=_ANY_ORDER)
+def _centre(p, t, mean):
+    """Differences b − a to t, less its mean; Σ p t."""
+    _whole_vectors()
+    t_sum = _ZERO
+    for i in range(p.shape[0]):
+        centred = t[i] - mean
+        t_sum += p[i] * centred
+        t[i] = centred
+    return t_sum
 
 
 @_compile()
@@ -240,7 +249,9 @@ def _read_policy(p, stride, vocab, peaks, p_sums, a_sums):
 
 
 @_compile()
-def _read_joint(p, t, stride, vocab, peaks, p_sums, a_sums, t_means, t_maxima, phi_sums, with_phi):
+def _read_joint(
+    p, t, stride, vocab, peaks, p_sums, a_sums, t_means, t_maxima, t_sums, phi_sums, with_phi
+):
     for row in range(peaks.shape[0]):
         a = p[row * stride : row * stride + vocab]
         b = t[row * stride : row * stride + vocab]
@@ -254,20 +265,23 @@ def _read_joint(p, t, stride, vocab, peaks, p_sums, a_sums, t_means, t_maxima, p
             p_sum += sums[0]
             a_sum += sums[1]
             t_sum += _dot(a_run, b_run)
-        mean = np.float32(t_sum / p_sum)
+        mean = np.float32(t_sum / max(p_sum, 1.0))  # the largest p is 1, if any token is allowed
         peaks[row], p_sums[row], a_sums[row], t_means[row] = peak, p_sum, a_sum, mean
-        # A mean that is not finite comes of forbidden tokens: such rows are read by another way.
+        # The mean is not finite where one model alone forbids a token: such rows are read anew.
         t_max = -_INFINITY if mean - mean == _ZERO else _INFINITY
-        if with_phi:
-            phi_sum = 0.0
-            for start in range(0, vocab, _RUN):
-                more = _phi_sums(a[start : start + _RUN], b[start : start + _RUN], mean)
+        phi_sum, t_sum = 0.0, 0.0
+        for start in range(0, vocab, _RUN):
+            a_run, b_run = a[start : start + _RUN], b[start : start + _RUN]
+            if with_phi:
+                more = _phi_sums(a_run, b_run, mean)
                 phi_sum += more[0]
-                t_max = max(t_max, more[1])
+                t_sum += more[1]
+                t_max = max(t_max, more[2])
+            else:
+                t_sum += _centre(a_run, b_run, mean)
+        t_maxima[row], t_sums[row] = t_max, t_sum
+        if with_phi:
             phi_sums[row] = phi_sum
-        else:
-            _centre(b, mean)
-        t_maxima[row] = t_max
 
 
 @_compile(fastmath={"contract"})
@@ -335,15 +349,15 @@ def read_rows(p: Tensor, t: Tensor | None, rows: dict[str, Tensor], *, with_phi:
 
     Without `with_phi` Σ p φ(t) is left out, and t_max only says whether the mean of t is finite.
     """
-    peak, p_sum, a_sum, t_mean, t_max, phi_sum = (
+    peak, p_sum, a_sum, t_mean, t_max, t_sum, phi_sum = (
         rows[name].view(-1).numpy()
-        for name in ("peak", "p_sum", "a_sum", "t_mean", "t_max", "phi_sum")
+        for name in ("peak", "p_sum", "a_sum", "t_mean", "t_max", "t_sum", "phi_sum")
     )
     stride, vocab = p.stride(0), p.shape[1]
     if t is None:
         _read_policy(_flat(p), stride, vocab, peak, p_sum, a_sum)
     else:
-        sums = (peak, p_sum, a_sum, t_mean, t_max, phi_sum)
+        sums = (peak, p_sum, a_sum, t_mean, t_max, t_sum, phi_sum)
         _read_joint(_flat(p), _flat(t), stride, vocab, *sums, with_phi)
 
 

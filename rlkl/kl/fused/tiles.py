@@ -50,7 +50,9 @@ class Sums(NamedTuple):
         parts = [x._at(peak) for x in (self, other)]
         p_sum = parts[0].p_sum + parts[1].p_sum
         gap = other.t_mean - self.t_mean
-        shifts = -gap * (parts[1].p_sum / p_sum), gap * (parts[0].p_sum / p_sum)
+        # The largest p is 1, unless both parts of the vocabulary are forbidden whole.
+        own, others = (x.p_sum / p_sum.clamp(min=1) for x in parts)
+        shifts = -gap * others, gap * own
         return type(self)(
             peak,
             p_sum,

@@ -17,16 +17,19 @@ def read_rows(p: Tensor, t: Tensor | None, rows: dict[str, Tensor], *, with_phi:
     """
     x = torch.empty_like(p)
     if t is not None:
-        t.sub_(p)
+        equal = t == p  # −∞ in both models as well
+        t.sub_(p).masked_fill_(equal, 0)
     peak, p_sum, mean = rows["peak"], rows["p_sum"], rows["t_mean"]
     torch.amax(p, 1, keepdim=True, out=peak)
+    peak.clamp_(min=torch.finfo(p.dtype).min)  # where every logit is −∞
     torch.exp(torch.sub(p, peak, out=x), out=p)
     torch.sum(p, 1, keepdim=True, out=p_sum)
-    torch.sum(x.mul_(p), 1, keepdim=True, out=rows["a_sum"])
+    torch.nansum(x.mul_(p), 1, keepdim=True, out=rows["a_sum"])  # 0 · log 0 = 0
     if t is None:
         return
     torch.sum(torch.mul(p, t, out=x), 1, keepdim=True, out=mean)
-    t.sub_(mean.div_(p_sum))
+    t.sub_(mean.div_(p_sum.clamp(min=1)))  # the largest p is 1, if any token is allowed
+    torch.sum(torch.mul(p, t, out=x), 1, keepdim=True, out=rows["t_sum"])
     if not with_phi:
         torch.sub(mean, mean, out=rows["t_max"])  # NaN marks rows with −inf
         return
@@ -63,7 +66,7 @@ def gradient_rows(
     if t is not None and t_factor is not None:
         factor = t.mul_(t_factor).add_(factor)
     if log_factor is not None:
-        factor = log_of(p).mul_(log_factor).add_(factor)
+        factor = _log_of(p).mul_(log_factor).add_(factor)
     p.mul_(factor)
     if token_gradient is not None:
         p.scatter_add_(1, tokens, token_gradient)
@@ -71,6 +74,6 @@ def gradient_rows(
         p.mul_(slope)
 
 
-def log_of(p: Tensor) -> Tensor:
+def _log_of(p: Tensor) -> Tensor:
     """Log p, finite at p = 0, so that p log p is 0 there."""
     return torch.clamp(p, min=torch.finfo(p.dtype).tiny).log_()

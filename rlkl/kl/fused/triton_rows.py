@@ -25,6 +25,12 @@ def _exp_remainder(t):
 
 
 @triton.jit
+def _difference(b, a):
+    """Difference b − a; 0 where both are −∞."""
+    return tl.where(b == a, 0.0, b - a)
+
+
+@triton.jit
 def _read_row(
     p_ptr,
     t_ptr,
@@ -35,6 +41,7 @@ def _read_row(
     a_sum_ptr,
     t_mean_ptr,
     t_max_ptr,
+    t_sum_ptr,
     phi_sum_ptr,
     HAS_REF: tl.constexpr,
     WITH_PHI: tl.constexpr,
@@ -58,20 +65,22 @@ def _read_row(
         a = tl.load(p_row + start + lanes, mask=real, other=0.0)
         p = tl.where(real, tl.exp(a - peak), 0.0)
         p_sums += p
-        a_sums += tl.where(real, p * (a - peak), 0.0)
+        a_sums += tl.where(real & (p > 0.0), p * (a - peak), 0.0)
         if HAS_REF:
             b = tl.load(t_row + start + lanes, mask=real, other=0.0)
-            t_sums += tl.where(real, p * (b - a), 0.0)
+            t_sums += tl.where(real, p * _difference(b, a), 0.0)
     p_sum = tl.sum(p_sums, axis=0)
     mean = tl.sum(t_sums, axis=0) / p_sum
 
-    phi_sums, t_maxima = zeros, zeros - float("inf")
+    phi_sums, t_sums, t_maxima = zeros, zeros, zeros - float("inf")
     for start in range(0, vocab, BLOCK):
         real = start + lanes < vocab
         a = tl.load(p_row + start + lanes, mask=real, other=0.0)
         p = tl.exp(a - peak)
         if HAS_REF:
-            t = tl.load(t_row + start + lanes, mask=real, other=0.0) - a - mean
+            b = tl.load(t_row + start + lanes, mask=real, other=0.0)
+            t = _difference(b, a) - mean
+            t_sums += tl.where(real, p * t, 0.0)
             if WITH_PHI:
                 phi_sums += tl.where(real, p * _exp_remainder(t), 0.0)
                 t_maxima = tl.maximum(t_maxima, tl.where(real, t, -float("inf")))
@@ -83,9 +92,10 @@ def _read_row(
     tl.store(a_sum_ptr + row, tl.sum(a_sums, axis=0))
     if HAS_REF:
         tl.store(t_mean_ptr + row, mean)
-        # A mean that is not finite comes of forbidden tokens: such rows are read by another way.
+        # The mean is not finite where one model alone forbids a token: such rows are read anew.
         t_max = tl.where(mean - mean == 0.0, tl.max(t_maxima, axis=0), float("inf"))
         tl.store(t_max_ptr + row, t_max)
+        tl.store(t_sum_ptr + row, tl.sum(t_sums, axis=0))
         tl.store(phi_sum_ptr + row, tl.sum(phi_sums, axis=0))
 
 
@@ -132,7 +142,7 @@ def read_rows(p: Tensor, t: Tensor | None, rows: dict[str, Tensor], *, with_phi:
 
     Without `with_phi` Σ p φ(t) is left out, and t_max only says whether the mean of t is finite.
     """
-    names = ("peak", "p_sum", "a_sum", "t_mean", "t_max", "phi_sum")
+    names = ("peak", "p_sum", "a_sum", "t_mean", "t_max", "t_sum", "phi_sum")
     n, vocab = p.shape
     _read_row[(n,)](
         p,

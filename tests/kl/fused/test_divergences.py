@@ -22,6 +22,8 @@ SETTINGS = [
     get_divergence("fkl_rkl", weight=0.2),
     get_divergence("js", weight=0.3),
     get_divergence("js", weight=0.3, scaled=True),
+    get_divergence("js", weight=0.0),
+    get_divergence("js", weight=1.0),
     get_divergence("js", weight=0.0, scaled=True),
     get_divergence("js", weight=1.0, scaled=True),
     get_divergence("skew_fkl", alpha=0.0),
@@ -151,6 +153,17 @@ def test_two_threads_give_what_one_gives(threads):
     assert_is_the_definition(make(), get_divergence("akl"), chunk_size=8)
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_js_at_its_ends_is_exactly_zero(weight):
+    case = make(n=200, vocab=50).to(torch.float32)
+    case = case._replace(policy_hidden=case.policy_hidden * 4)
+    policy, leaves = case.leaves()
+    js = get_divergence("js", weight=weight)
+    kl = fused_token_stats(*policy.positional, **policy.bias, divergence=js).kl
+    assert (kl == 0).all()
+    assert all((x == 0).all() for x in gradients(kl.sum(), leaves))
+
+
 def test_gradcheck_against_finite_differences():
     case = make(n=2, vocab=4, hidden=1, ref=2)
     _, leaves = case.leaves()
@@ -192,6 +205,37 @@ def test_topk_of_the_whole_vocabulary_is_the_exact_kl_where_p_underflows_too():
     exact = fused_token_stats(*case.positional, **case.bias).kl
     topk = fused_token_stats(*case.positional, **case.bias, divergence=TopK(500)).kl
     torch.testing.assert_close(topk, exact)
+
+
+@pytest.mark.parametrize("lower", [60.0, 85.0, 100.0, 120.0])
+def test_topk_moves_a_token_whose_probability_underflows(lower):
+    """By ∂u_y = onehot(y) − p: of the sum over the k likeliest a float32's rounding is left."""
+    logits = torch.tensor([0.0, -1.0, -2.0, -lower])
+    ref = (logits + torch.tensor([0.1, -0.2, 0.3, 0.4]))[:, None]
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        head = logits[:, None].to(dtype).requires_grad_()
+        hidden, tokens = torch.ones(1, 1, dtype=dtype), torch.tensor([3])
+        kl = fused_token_stats(hidden, head, hidden, ref.to(dtype), tokens, divergence=TopK(2)).kl
+        found.append(torch.autograd.grad(kl.sum(), head)[0])
+    assert found[0][3].abs() > 0.1
+    assert_close([found[1]], [found[0].float()], 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("forbidden_in_ref", [True, False])
+def test_topk_of_more_tokens_than_the_policy_allows_is_the_exact_kl(forbidden_in_ref):
+    case = make(n=4, vocab=11)
+    case.policy_bias[:5] = -torch.inf
+    if forbidden_in_ref:
+        case.ref_bias[:5] = -torch.inf
+    case = case._replace(tokens=case.tokens.clamp(min=5))
+    found = []
+    for divergence in ("rkl", TopK(6), TopK(7), TopK(11)):
+        policy, leaves = case.leaves()
+        stats = fused_token_stats(*policy.positional, **policy.bias, divergence=divergence)
+        found.append([stats.kl.detach(), *gradients(stats.kl.sum(), leaves)])
+    for topk in found[1:]:
+        assert_close(topk, found[0], 1e-11, 1e-11)
 
 
 def test_unknown_divergences_and_settings_are_refused_by_name():

@@ -7,7 +7,9 @@ from rlkl.kl import (
     fused_token_logp,
     fused_token_loss,
     fused_token_stats,
+    get_divergence,
 )
+from rlkl.kl.fused import engine, tiles
 from tests.kl.fused.cases import (
     Case,
     assert_close,
@@ -74,6 +76,28 @@ def test_small_kl_keeps_its_digits_where_the_direct_formula_has_none(size, whole
         assert (direct < 0).any()
 
 
+@pytest.mark.parametrize("divergence", ["rkl", "known", "fkl", "akl", "js", "skew_rkl"])
+def test_nearly_certain_tokens_keep_the_digits_of_their_gradients(divergence):
+    """Their t is as small as what rounding leaves of the mean of b − a, here 6.1."""
+    logits = torch.tensor([[0.0, -14.0], [0.0, -15.3], [0.0, -13.7]], dtype=torch.float32)
+    ref = torch.tensor([[6.1, -6.3], [6.3, -7.1], [7.7, -7.8]], dtype=torch.float32)
+    name = "rkl" if divergence == "known" else divergence
+    truth = logits.double().requires_grad_()
+    expected = get_divergence(name)(truth, ref.double())
+    assert 1e-8 < expected.min() < expected.max() < 5e-6
+    (gradient,) = gradients(expected.sum(), [truth])
+    head, identity, tokens = logits.T.clone().requires_grad_(), torch.eye(3).float(), torch.zeros(3)
+    inputs = identity, head, identity, ref.T.contiguous(), tokens.long()
+    if divergence == "known":
+        known = fused_token_stats(*inputs).ref_logp
+        loss, _ = fused_token_loss(lambda stats: stats.kl.sum(), *inputs, ref_logp=known)
+    else:
+        kl = fused_token_stats(*inputs, divergence=name).kl
+        assert_close([kl], [expected.float()], 1e-4, 0)
+        loss = kl.sum()
+    assert_close(gradients(loss, [head]), [gradient.T.float()], 1e-4, 0)
+
+
 def test_kl_is_never_negative_whatever_the_rounding(whole_rows):
     for size in (1e-4, 1e-5, 1e-6, 1e-7):
         case = shifted(make(n=200, vocab=500), size).to(torch.float32)
@@ -126,6 +150,59 @@ def test_tokens_the_policy_forbids_count_for_nothing(forbidden_in_ref, threads):
     assert_close(alone, (expected.policy_logp, expected.entropy), 1e-11, 1e-11)
 
 
+@pytest.mark.parametrize("forbidden", [slice(85), slice(30, None), slice(50, 90)])
+@pytest.mark.parametrize("divergence", ["rkl", "akl"])
+def test_rows_with_tokens_that_both_forbid_are_read_as_others_are(
+    forbidden, divergence, whole_rows, monkeypatch
+):
+    """Whole tiles of such tokens too."""
+    case = make()
+    case.policy_bias[forbidden] = case.ref_bias[forbidden] = -torch.inf
+    allowed = case.policy_bias.isfinite()
+    case = case._replace(tokens=allowed.nonzero()[:, 0][case.tokens % int(allowed.sum())])
+    rest = case._replace(
+        policy_head=case.policy_head[allowed],
+        policy_bias=case.policy_bias[allowed],
+        ref_head=case.ref_head[allowed],
+        ref_bias=case.ref_bias[allowed],
+        tokens=(allowed.cumsum(0) - 1)[case.tokens],
+    )
+    truth, leaves = rest.leaves()
+    options = {"divergence": divergence, "whole_rows": whole_rows}
+    expected = fused_token_stats(*truth.positional, **truth.bias, **options)
+    hidden_gradient, head_gradient, _ = gradients(combine(expected, *weights(29)), leaves)
+    monkeypatch.delattr(engine.Chunk, "_far_divergence")
+    for dtype in (torch.float64, torch.float32):
+        policy, leaves = case.to(dtype).leaves()
+        with torch.no_grad(), monkeypatch.context() as patch:
+            if not whole_rows:
+                patch.delattr(tiles, "sweep")
+            fused_token_stats(*policy.positional, **policy.bias, whole_rows=whole_rows)
+        stats = fused_token_stats(*policy.positional, **policy.bias, **options)
+        tolerance = 1e-11 if dtype == torch.float64 else 2e-5
+        assert_close(stats, expected, tolerance, tolerance)
+        found = gradients(combine(stats, *weights(29)), leaves)
+        assert (found[1][~allowed] == 0).all()
+        assert_close([found[0], found[1][allowed]], [hidden_gradient, head_gradient], 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("forbidden_in_ref", [True, False])
+def test_the_reference_keeps_its_log_probability_of_a_token_the_policy_forbids(
+    forbidden_in_ref, whole_rows
+):
+    case = make()
+    case.policy_bias[:5] = -torch.inf
+    if forbidden_in_ref:
+        case.ref_bias[:5] = -torch.inf
+    case = case._replace(tokens=torch.full((29,), 3))
+    stats, expected = (
+        fused_token_stats(*case.positional, **case.bias, whole_rows=whole_rows),
+        naive(case),
+    )
+    assert (stats.policy_logp == -torch.inf).all()
+    assert_close(stats, expected, 1e-11, 1e-11)
+
+
 def test_kl_is_infinite_where_the_reference_forbids_what_the_policy_allows(whole_rows):
     case = make()
     case.ref_bias[3] = -torch.inf
@@ -133,6 +210,23 @@ def test_kl_is_infinite_where_the_reference_forbids_what_the_policy_allows(whole
     assert (stats.kl == torch.inf).all()
     assert stats.policy_logp.isfinite().all()
     assert stats.entropy.isfinite().all()
+
+
+@pytest.mark.parametrize(("policy_bias", "ref_bias"), [(-50.0, -1e9), (-150.0, -3e38)])
+def test_a_finite_mask_of_the_reference_costs_what_the_policy_still_gives(
+    policy_bias, ref_bias, whole_rows
+):
+    case = make()
+    case.policy_bias[:5], case.ref_bias[:5] = policy_bias, ref_bias
+    single = case._replace(tokens=case.tokens.clamp(min=5)).to(torch.float32)
+    truth, leaves = single.to(torch.float64).leaves()
+    expected = naive(truth)
+    assert expected.kl.max() < 100
+    expected_gradients = gradients(expected.kl.sum(), leaves)
+    policy, leaves = single.leaves()
+    stats = fused_token_stats(*policy.positional, **policy.bias, whole_rows=whole_rows)
+    assert_close(stats, expected, 2e-5, 2e-5)
+    assert_close(gradients(stats.kl.sum(), leaves), expected_gradients, 1e-4, 1e-4)
 
 
 def test_bfloat16_products_keep_float32_logits():
