@@ -128,37 +128,35 @@ def _vocab_size(lm: PreTrainedModel) -> int:
 def _measure(lm: PreTrainedModel, head: nn.Module) -> _AroundHead:
     """What is between trunk and head, and between head and logits."""
     probe = torch.tensor([2.0**-7, 1e6, -1e6, -(2.0**-7), 1.0, -1.0, 10.0, -10.0, 0.0])
-    read: list[Tensor] = []
-    seen: list[Tensor] = []
+    seen, before = list[Tensor](), list[float | None]()
+    # The first may be padding, whose states may be 0.
+    inputs = {"input_ids": torch.arange(2, device=lm.device)[None], "use_cache": False}
 
     def replace(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        # Here the trunk is run in the precision (autocast) in which the model ran it.
+        torch.manual_seed(0)
+        before.append(_factor(trunk_of(lm)(**inputs).last_hidden_state, args[0]))
         size = out.shape[-1]
         row = probe.to(out.device).repeat(math.ceil(size / len(probe)))[:size]
-        read.append(args[0])
         seen.append(row.expand(out.shape).clone())
         return seen[-1].clone()
 
-    # The first may be padding, whose states may be 0.
-    inputs = {"input_ids": torch.arange(2, device=lm.device)[None], "use_cache": False}
-    # Dropout would draw random numbers that a run's seed does not know of, and others each time.
-    with torch.random.fork_rng(), torch.autocast(lm.device.type, enabled=False):
-        torch.manual_seed(0)
-        hidden = trunk_of(lm)(**inputs).last_hidden_state
-        hook = head.register_forward_hook(replace)
-        try:
+    hook = head.register_forward_hook(replace)
+    try:
+        # Dropout would draw random numbers that a run's seed does not know of, and others twice.
+        with torch.random.fork_rng(), torch.autocast(lm.device.type, enabled=False):
             torch.manual_seed(0)
             logits = lm(**inputs).logits
-        finally:
-            hook.remove()
+    finally:
+        hook.remove()
     if not seen or seen[0].shape != logits.shape:
         raise ValueError(f"{type(lm).__name__} does not make its logits by its output embeddings")
-    before = _factor(hidden, read[0])
-    if before is None:
+    if before[0] is None:
         raise ValueError(
             f"{type(lm).__name__} does more to its hidden states than scaling before its head "
             "reads them: such a model's logits cannot be formed outside it"
         )
-    return _AroundHead(before, *_scale_and_softcap(lm, seen[0], logits))
+    return _AroundHead(before[0], *_scale_and_softcap(lm, seen[0], logits))
 
 
 def _factor(x: Tensor, y: Tensor) -> float | None:

@@ -20,6 +20,8 @@ from transformers import (
     GraniteForCausalLM,
     MiniCPM3Config,
     MiniCPM3ForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
 )
 
 from rlkl.kl import ModuleHead, OutputHead, fused_token_logp, head_logits
@@ -200,6 +202,17 @@ def test_a_model_that_does_more_to_its_logits_is_refused(make_lm):
     lm.__class__ = Shifting
     with pytest.raises(ValueError, match="does more to its logits"):
         output_head(lm)
+
+
+def test_dropout_and_autocast_around_the_model_do_not_change_what_is_measured(make_lm):
+    lm = make_lm(resid_pdrop=0.5).train()
+    lm.forward = torch.autocast("cpu", torch.bfloat16)(lm.forward)  # as accelerate prepares it
+    assert output_head(lm) == OutputHead(lm.lm_head.weight)
+
+
+def test_a_model_that_runs_its_decoder_without_its_trunk_has_its_own_logits():
+    shape = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    assert_same_logits(OPTForCausalLM(OPTConfig(vocab_size=33, word_embed_proj_dim=8, **shape)))
 
 
 def test_a_bias_is_not_scaled_with_the_hidden_states():

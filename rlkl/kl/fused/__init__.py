@@ -21,7 +21,8 @@ as δ·D_KL + δ²/2. Identical models give t = 0, hence exactly 0 in value and 
 Statistics without gradient need no whole rows: `tiles` sums them over parts of the vocabulary.
 
 `functions` is the public part, `problem` checks, `heads` multiplies, `engine` sweeps over chunks,
-`buffers` holds their logits, `generators` has the other divergences, `workers` the threads. The
+`buffers` holds their logits, `generators` has the other divergences, `workers` the threads,
+`precision` what products may round. The
 passes over rows are written three times, as the same two functions: `numba_rows` (float32 on a
 CPU), `triton_rows` (GPU) and `torch_rows` (float64, and where a compiler is missing).
 """
