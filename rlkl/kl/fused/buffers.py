@@ -56,8 +56,7 @@ class Block(NamedTuple):
     @property
     def kl(self) -> Tensor:
         """D_KL(policy ‖ ref) [n, 1] of rows that were read."""
-        # φ ≥ 0: the clamp removes rounding (below 1e-13 nats), and keeps NaN.
-        return (self.phi_sum / self.p_sum).log1p_().clamp_(min=0)
+        return (self.phi_sum / self.p_sum).log1p_()
 
 
 class Buffers:

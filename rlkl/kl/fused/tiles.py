@@ -61,7 +61,7 @@ class Sums(NamedTuple):
             torch.maximum(self.t_max, other.t_max),
             sum(
                 (
-                    x.phi_sum * shift.exp() + x.p_sum * (shift.expm1() - shift).clamp_(min=0)
+                    x.phi_sum * shift.exp() + x.p_sum * (shift.expm1() - shift)
                     for x, shift in zip(parts, shifts, strict=True)
                 ),
                 torch.zeros_like(peak),

@@ -1,5 +1,7 @@
 """Zero is zero, small is small, far apart is finite, and nothing is rounded unasked."""
 
+import math
+
 import pytest
 import torch
 
@@ -125,6 +127,18 @@ def test_far_apart_models_neither_overflow_nor_lose_the_reference_mass(scale, wh
     got = gradients(combine(stats, *weights(29)), leaves)
     for x, y, z in zip(got, rounded_gradients, expected_gradients, strict=True):
         assert (x - z).norm() < 3 * (y - z).norm() + 1e-6 * z.norm()
+
+
+@pytest.mark.parametrize("of_all_ref_logits", [0.0, 30.0])
+@pytest.mark.parametrize("lower", [5.0, 12.0, 20.0])
+def test_mass_of_the_reference_where_the_policy_underflows_is_not_lost(
+    lower, of_all_ref_logits, whole_rows
+):
+    logits = torch.tensor([[0.0], [-90.0]], dtype=torch.float32)
+    ref = torch.tensor([[0.0], [-lower]], dtype=torch.float32) + of_all_ref_logits
+    hidden, tokens = torch.ones(1, 1, dtype=torch.float32), torch.tensor([0])
+    kl = fused_token_stats(hidden, logits, hidden, ref, tokens, whole_rows=whole_rows).kl
+    assert kl.item() == pytest.approx(math.log1p(math.exp(-lower)), rel=1e-5)
 
 
 @pytest.mark.parametrize("forbidden_in_ref", [True, False])
