@@ -95,14 +95,16 @@ def _exponent(typing_context: Any, x: Any) -> Any:
 def _whole_vectors(typing_context: Any) -> Any:
     """Let the loops of this function use vectors as long as the CPU has them.
 
-    LLVM halves AVX-512's where long ones may slow the clock; the matrix products on either side
-    use them anyway.
+    And keep it apart: inlined, its sums could be in another order for each caller. LLVM halves
+    AVX-512's vectors where long ones may slow the clock; the matrix products on either side use
+    them anyway.
     """
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         # llvmlite knows no name for it, but prints what is in its set.
         if isinstance(attributes := builder.function.attributes, set):
             set.add(attributes, '"prefer-vector-width"="512"')
+            attributes.add("noinline")
         return context.get_dummy_value()
 
     return types.none(), build
@@ -236,21 +238,8 @@ def _centre(p, t, mean):
 
 
 @_compile()
-def _read_policy(p, stride, vocab, peaks, p_sums, a_sums):
-    for row in range(peaks.shape[0]):
-        a = p[row * stride : row * stride + vocab]
-        peak = _maximum(a)
-        p_sum, a_sum = 0.0, 0.0
-        for start in range(0, vocab, _RUN):
-            sums = _policy_sums(a[start : start + _RUN], peak)
-            p_sum += sums[0]
-            a_sum += sums[1]
-        peaks[row], p_sums[row], a_sums[row] = peak, p_sum, a_sum
-
-
-@_compile()
-def _read_joint(
-    p, t, stride, vocab, peaks, p_sums, a_sums, t_means, t_maxima, t_sums, phi_sums, with_phi
+def _read(
+    p, t, stride, vocab, peaks, p_sums, a_sums, t_means, t_maxima, t_sums, phi_sums, joint, with_phi
 ):
     for row in range(peaks.shape[0]):
         a = p[row * stride : row * stride + vocab]
@@ -259,14 +248,19 @@ def _read_joint(
         p_sum, a_sum, t_sum = 0.0, 0.0, 0.0
         for start in range(0, vocab, _RUN):
             a_run, b_run = a[start : start + _RUN], b[start : start + _RUN]
-            _subtract(b_run, a_run)
-            # The policy's sums by the same code as without a reference, to the last bit.
+            if joint:
+                _subtract(b_run, a_run)
+            # With and without a reference by the same machine code, to the last bit.
             sums = _policy_sums(a_run, peak)
             p_sum += sums[0]
             a_sum += sums[1]
-            t_sum += _dot(a_run, b_run)
+            if joint:
+                t_sum += _dot(a_run, b_run)
+        peaks[row], p_sums[row], a_sums[row] = peak, p_sum, a_sum
+        if not joint:
+            continue
         mean = np.float32(t_sum / max(p_sum, 1.0))  # the largest p is 1, if any token is allowed
-        peaks[row], p_sums[row], a_sums[row], t_means[row] = peak, p_sum, a_sum, mean
+        t_means[row] = mean
         # The mean is not finite where one model alone forbids a token: such rows are read anew.
         t_max = -_INFINITY if mean - mean == _ZERO else _INFINITY
         phi_sum, t_sum = 0.0, 0.0
@@ -349,16 +343,11 @@ def read_rows(p: Tensor, t: Tensor | None, rows: dict[str, Tensor], *, with_phi:
 
     Without `with_phi` Σ p φ(t) is left out, and t_max only says whether the mean of t is finite.
     """
-    peak, p_sum, a_sum, t_mean, t_max, t_sum, phi_sum = (
-        rows[name].view(-1).numpy()
-        for name in ("peak", "p_sum", "a_sum", "t_mean", "t_max", "t_sum", "phi_sum")
-    )
-    stride, vocab = p.stride(0), p.shape[1]
-    if t is None:
-        _read_policy(_flat(p), stride, vocab, peak, p_sum, a_sum)
-    else:
-        sums = (peak, p_sum, a_sum, t_mean, t_max, t_sum, phi_sum)
-        _read_joint(_flat(p), _flat(t), stride, vocab, *sums, with_phi)
+    names = ("peak", "p_sum", "a_sum", "t_mean", "t_max", "t_sum", "phi_sum")
+    sums = (rows[name].view(-1).numpy() for name in names)
+    joint = t is not None
+    b = _flat(t if joint else p)  # not read without a reference
+    _read(_flat(p), b, p.stride(0), p.shape[1], *sums, joint, with_phi)
 
 
 def gradient_rows(
