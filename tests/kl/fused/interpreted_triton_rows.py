@@ -82,6 +82,17 @@ def test_small_far_and_forbidden_are_what_torch_makes_of_them(use):
         assert_close(fused_token_stats(*case.positional, **case.bias), expected, 1e-3, 1e-9)
 
 
+def test_nearly_certain_tokens_keep_the_digits_of_their_gradients(use):
+    use(True)
+    head = torch.tensor([[0.0], [-14.0]], dtype=torch.float32, requires_grad=True)
+    ref = torch.tensor([[6.1], [-6.3]], dtype=torch.float32)
+    hidden, tokens = torch.ones(1, 1, dtype=torch.float32), torch.tensor([0])
+    (gradient,) = gradients(fused_token_stats(hidden, head, hidden, ref, tokens).kl.sum(), [head])
+    truth = head.detach().double().requires_grad_()
+    exact = fused_token_stats(hidden.double(), truth, hidden.double(), ref.double(), tokens).kl
+    assert_close([gradient], [x.float() for x in gradients(exact.sum(), [truth])], 1e-4, 0)
+
+
 def test_identical_models_have_exactly_no_kl(use):
     use(True)
     case = make(n=2, vocab=61).to(torch.float32)
