@@ -11,6 +11,7 @@ from the command line. A run that was stopped goes on when the same command is g
 import json
 import math
 import os
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,23 +169,34 @@ def _prepare(
 
 
 def _unfinished(output_dir: Path, settings: dict[str, Any], console: Console) -> str | None:
-    """The last checkpoint of a run with the same settings that was stopped.
+    """The last checkpoint of a stopped run with the same settings; removes what a finished run
+    left, but for the judge's verdicts: each says what it is of.
 
     Raises:
-        ValueError: the folder holds a stopped run with other settings.
+        ValueError: the folder holds a stopped run with other settings, or a run of something else.
     """
     kept = {k: v for k, v in settings.items() if k not in FREE and not k.startswith("judge_")}
-    file = output_dir / "settings.json"
-    checkpoint = last_checkpoint(output_dir)
-    stopped = checkpoint is not None and not (output_dir / "summary.json").is_file()
-    if stopped and file.is_file():
-        check_settings(file, kept, "an unfinished run")
+    file, summary = output_dir / "settings.json", output_dir / "summary.json"
+    # The summary last: while it is there the run is finished, and none goes on from it.
+    names = ("checkpoint-*", "student", "metrics.jsonl", "samples_*.jsonl", "summary.json")
+    written = [path for name in names for path in sorted(output_dir.glob(name))]
+    if written and not file.is_file():
+        raise ValueError(
+            f"{output_dir} holds {written[0].name} of something else: choose another --output_dir"
+        )
+    checkpoint = None if summary.is_file() else last_checkpoint(output_dir)
+    if checkpoint is not None:
+        trained = {k: v for k, v in kept.items() if k != "num_eval" and not k.startswith("eval_")}
+        check_settings(file, trained, "an unfinished run")
         console.print(f"going on from {checkpoint}")
-        return checkpoint
+    else:
+        if summary.is_file():
+            console.print(f"[dim]replacing the finished run in {output_dir}[/dim]")
+        for path in written:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "summary.json").unlink(missing_ok=True)
     file.write_text(json.dumps(kept, indent=2, default=str) + "\n")
-    return None
+    return checkpoint
 
 
 def _evaluate(

@@ -137,7 +137,8 @@ def test_wandb_gets_the_final_metrics_in_the_run_of_the_training(folders, monkey
             assert final[f"final/{name}/{key}"] == pytest.approx(value)
 
 
-def test_a_stopped_run_goes_on_and_refuses_other_settings(folders, monkeypatch, capsys):
+def stopped_run(monkeypatch: pytest.MonkeyPatch, folder: Path, **changes: Any) -> int:
+    """A run that is interrupted after its first step."""
     from rlkl.trainers import StopOnInterrupt
 
     def at_once(self, args, state, control, **kwargs):
@@ -145,12 +146,45 @@ def test_a_stopped_run_goes_on_and_refuses_other_settings(folders, monkeypatch, 
 
     with monkeypatch.context() as stopped:
         stopped.setattr(StopOnInterrupt, "on_step_end", at_once)
-        assert run(stopped, folders) == 130
+        return run(stopped, folder, **changes)
+
+
+def test_a_stopped_run_goes_on_and_refuses_other_settings(folders, monkeypatch, capsys):
+    assert stopped_run(monkeypatch, folders) == 130
     assert "stopped after step 1 of 2" in capsys.readouterr().out
     assert run(monkeypatch, folders, learning_rate=1e-3) == 2
     assert "unfinished run with learning_rate=5e-05, not 0.001" in capsys.readouterr().err
-    assert run(monkeypatch, folders) == 0
+    # What is measured after training may change.
+    held_out = folders / "self_instruct_user_oriented_252.jsonl"
+    assert run(monkeypatch, folders, num_eval=2, eval_data=held_out) == 0
     assert "going on from" in capsys.readouterr().out
+    summary = json.loads((folders / "out" / "summary.json").read_text())
+    assert {name: metrics["prompts"] for name, metrics in summary.items()} == {held_out.stem: 2}
+
+
+def test_a_run_in_the_folder_of_a_finished_one_takes_nothing_of_it(folders, monkeypatch, capsys):
+    out = folders / "out"
+    assert run(monkeypatch, folders, save_steps=1) == 0
+    (out / "verdicts.jsonl").write_text("")
+    changes: dict[str, Any] = {"loss": "rkl", "learning_rate": 1e-3, "seed": 5, "save_steps": 1}
+    with monkeypatch.context() as killed:
+        killed.setattr("rlkl.trainers.DistillTrainer.compute_loss", None)
+        with pytest.raises(TypeError):  # before its first checkpoint
+            run(killed, folders, **changes)
+    capsys.readouterr()
+    assert not (out / "student").exists()
+    assert not list(out.glob("checkpoint-*"))
+    assert (out / "verdicts.jsonl").is_file()
+    assert run(monkeypatch, folders, **changes) == 0
+    assert "going on from" not in capsys.readouterr().out
+
+
+def test_checkpoints_of_something_else_are_left_alone(folders, monkeypatch, capsys):
+    foreign = folders / "out" / "checkpoint-1"
+    foreign.mkdir(parents=True)
+    assert run(monkeypatch, folders) == 2
+    assert "holds checkpoint-1 of something else" in capsys.readouterr().err
+    assert foreign.is_dir()
 
 
 @pytest.mark.parametrize(
