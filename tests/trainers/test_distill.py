@@ -441,6 +441,8 @@ def test_the_held_out_loss_is_the_loss_that_is_trained(make_trainer, pairs):
         ({"loss": "kl"}, "divergence 'kl' is unknown; use one of fkl"),
         ({"ce_weight": 1.5}, "ce_weight is 1.5; it must lie in"),
         ({"temperature": 0.0}, "temperature is 0.0; it must be > 0"),
+        ({"temperature": math.inf}, "temperature is inf; it must be > 0 and finite"),
+        ({"sampling_temperature": math.inf}, "sampling_temperature is inf; it must be > 0"),
         ({"skew_alpha": 1.0}, "skew_alpha is 1.0"),
         ({"head_mass": 0.0}, "head_mass is 0.0"),
         ({"head_rule": "top"}, "head_rule is 'top'; use 'within' or 'reach'"),
