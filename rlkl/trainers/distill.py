@@ -107,7 +107,7 @@ class DistillTrainer(TextTrainer):
             processing_class,
             (model, teacher_model),
             args,
-            given=args.on_policy_fraction < 1 and not args.teacher_generated,
+            given=args.reads_answers,
             sampled=args.on_policy_fraction > 0 or args.teacher_generated,
         )
         self.teacher = teacher_model.requires_grad_(False).eval()

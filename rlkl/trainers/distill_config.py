@@ -108,6 +108,11 @@ class DistillConfig(RunArguments):
                 "distribution that sampled; make them equal"
             )
 
+    @property
+    def reads_answers(self) -> bool:
+        """Whether any batch is of given completions or texts: not all responses are sampled."""
+        return self.on_policy_fraction < 1 and not self.teacher_generated
+
     def divergence(self) -> Divergence:
         """The divergence that `loss` names, with those of its settings that stand here."""
         settings = {
