@@ -31,13 +31,14 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import torch
 from datasets import Dataset
 from distill_report import DIVERGENCE_COLUMNS, NAMES, report
-from distill_students import StudentArguments, warmed_up
+from distill_students import StudentArguments, check_shape, warmed_up
 from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
 from rlkl.cli import SettingsParser, refusing_bad_input
 from rlkl.cli.quiet import quiet_libraries
+from rlkl.cli.settings import set_threads
 from rlkl.data import EMBEDDED_EVAL_PROMPTS, EMBEDDED_TRAIN_PROMPTS, load_prompts, load_reviews
 from rlkl.evaluation.student import evaluate_student
 from rlkl.kl import sequence_kl
@@ -86,15 +87,18 @@ def main() -> None:
             raise ValueError(f"losses: {unknown[0]!r} is unknown; use some of {', '.join(NAMES)}")
         if not task.seeds or not task.losses:
             raise ValueError("losses and seeds must each name at least one")
+        for name, least in (("corpus_size", 1), ("num_eval", 2)):  # two prompts have a spread
+            if getattr(task, name) < least:
+                raise ValueError(f"{name} is {getattr(task, name)}; give at least {least}")
         quiet_libraries()
-        if task.threads is not None:
-            torch.set_num_threads(task.threads)
+        set_threads(task.threads)
         tokenizer, teacher = load_tokenizer(task.teacher), load_causal_lm(task.teacher).eval()
         if teacher.config.model_type != "gpt2":
             raise ValueError(
                 f"teacher is a {teacher.config.model_type}; the student's shape is known here for "
                 "gpt2 alone: use rlkl distill with a student of your own"
             )
+        check_shape(of_student, teacher)
         output_dir = Path(str(args.output_dir))
         keep_settings(output_dir, asdict(task) | asdict(of_student), args)
     try:
@@ -186,7 +190,11 @@ def corpus(
             pairs = zip(responses.prompts, responses.texts, strict=True)
             rows = [{"prompt": prompt, "completion": text} for prompt, text in pairs]
         write(file, "".join(json.dumps(row) + "\n" for row in rows))
-    return Dataset.from_list([json.loads(line) for line in file.read_text().splitlines()])
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    # Where the teacher ended at once there is no text to learn from.
+    return Dataset.from_list(
+        [row for row in rows if row.get("completion", row.get("text")).strip()]
+    )
 
 
 def run(

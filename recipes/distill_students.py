@@ -50,6 +50,22 @@ class StudentArguments:
     warm_up_learning_rate: float = field(default=3e-3, metadata={"help": "Peak; falls to 0."})
 
 
+def check_shape(task: StudentArguments, teacher: PreTrainedModel) -> None:
+    """Refuses a student that cannot be built.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    heads = teacher.config.n_head
+    if task.student_width < 1 or task.student_width % heads:
+        raise ValueError(
+            f"student_width is {task.student_width}; give a multiple of the teacher's {heads} heads"
+        )
+    for name, least in (("student_layers", 1), ("warm_up_steps", 0), ("warm_up_batch_size", 1)):
+        if getattr(task, name) < least:
+            raise ValueError(f"{name} is {getattr(task, name)}; give at least {least}")
+
+
 def warmed_up(
     folder: Path,
     seed: int,

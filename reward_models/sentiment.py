@@ -50,7 +50,8 @@ class SentimentReward:
             (over)confident: a policy gains nothing beyond it. None, the default, limits nothing.
 
     Raises:
-        ValueError: no positive label can be found, or the model has no trained classification head.
+        ValueError: a setting out of its range, no positive label, or a model without a trained
+            classification head.
         OSError: there is no such model, or its folder has no weights.
 
     Example:
@@ -73,10 +74,12 @@ class SentimentReward:
     ) -> None:
         if score not in ("log_odds", "logit"):
             raise ValueError(f"score is {score!r}; use 'log_odds' or 'logit'")
-        if clamp is not None and clamp <= 0:
+        if clamp is not None and not clamp > 0:
             raise ValueError(f"clamp is {clamp}; give a positive number, or None for no limit")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; give at least 1")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length is {max_length}; give at least 1, or None")
         name = str(EMBEDDED_REWARD if model_name_or_path is None else model_name_or_path)
         self.score = score
         self.batch_size = batch_size

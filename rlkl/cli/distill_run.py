@@ -29,12 +29,13 @@ from trl import ModelConfig, get_peft_config
 from rlkl.cli.errors import refusing_bad_input
 from rlkl.cli.json_output import write_json
 from rlkl.cli.quiet import quiet_libraries
-from rlkl.cli.settings import SettingsParser
+from rlkl.cli.settings import SettingsParser, set_threads
 from rlkl.data import load_pairs
 from rlkl.evaluation.judge import JUDGE_PROMPT, Judge
 from rlkl.evaluation.student import StudentEvaluation, evaluate_student
 from rlkl.models import check_same_tokenizer, load_causal_lm, load_tokenizer
 from rlkl.trainers import DistillConfig, DistillTrainer, RichProgress, StopOnInterrupt
+from rlkl.trainers.distill_data import check_texts
 from rlkl.trainers.distill_metrics import both_directions
 from rlkl.trainers.resume import FREE, check_settings, last_checkpoint
 from rlkl.trainers.tracking import log_final
@@ -86,8 +87,7 @@ def run() -> None:
         )
         task, args, model_args = parser.parse()
         quiet_libraries()
-        if task.threads is not None:
-            torch.set_num_threads(task.threads)
+        set_threads(task.threads)
         trainer, tokenizer, held_out, judge = _prepare(task, args, model_args, console)
         output_dir = Path(str(args.output_dir))
         checkpoint = _unfinished(output_dir, {**asdict(task), **args.to_dict()}, console)
@@ -126,12 +126,19 @@ def _prepare(
     if task.teacher_dtype not in _DTYPES:
         raise ValueError(f"teacher_dtype is {task.teacher_dtype!r}; use {', '.join(_DTYPES)}")
     train = load_pairs(task.train_data)
+    if args.reads_answers and "completion" in train.column_names:
+        answered = [i for i, answer in enumerate(train["completion"]) if answer.strip()]
+        if 0 < len(answered) < len(train):
+            left_out = len(train) - len(answered)
+            console.print(f"left out: {left_out:,} of {len(train):,} training rows have no answer")
+            train = train.select(answered)
+    if task.num_eval < 1:
+        raise ValueError(f"num_eval is {task.num_eval}; give at least 1, or no eval_data")
     held_out = {}
-    for source in task.eval_data:
+    for name, source in _named(task.eval_data).items():
         data = load_pairs(source, task.eval_references)
         if "prompt" not in data.column_names:
             raise ValueError(f"{source} has no prompts: evaluation samples responses to prompts")
-        name = Path(source).name.split(".")[0].replace(":", "-")
         held_out[name] = data.select(range(min(len(data), task.num_eval)))
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     check_same_tokenizer(tokenizer, load_tokenizer(task.teacher_model_name_or_path))
@@ -141,6 +148,9 @@ def _prepare(
     student = load_causal_lm(
         model_args.model_name_or_path, attn_implementation=model_args.attn_implementation
     )
+    for name, data in held_out.items():
+        models = (student, teacher)
+        check_texts(data, name, tokenizer, models, args, given=False, sampled=True)
     judge = None
     if task.judge_url is not None:
         template = Path(task.judge_prompt or JUDGE_PROMPT).read_text()
@@ -168,31 +178,53 @@ def _prepare(
     return trainer, tokenizer, held_out, judge
 
 
-def _unfinished(output_dir: Path, settings: dict[str, Any], console: Console) -> str | None:
-    """The last checkpoint of a stopped run with the same settings; clears a finished run's folder.
-
-    The judge's verdicts stay: each says what it is of.
+def _named(sources: list[str]) -> dict[str, str]:
+    """Each by its file name without endings, after as many folders as it takes to tell them apart.
 
     Raises:
-        ValueError: the folder holds a stopped run with other settings, or something else.
+        ValueError: no folder tells them apart.
+    """
+    paths = [Path(source) for source in sources]
+    names: list[str] = []
+    for depth in range(max((len(path.parts) for path in paths), default=0)):
+        folders = [path.parent.parts[-depth:] if depth else () for path in paths]
+        names = [
+            "-".join([*above, path.name.split(".")[0]]).replace(":", "-").replace("/", "")
+            for above, path in zip(folders, paths, strict=True)
+        ]
+        if len(set(names)) == len(names):
+            return dict(zip(names, sources, strict=True))
+    if names:
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"eval_data: two sets are called {twice!r}; rename one of them")
+    return {}
+
+
+def _unfinished(output_dir: Path, settings: dict[str, Any], console: Console) -> str | None:
+    """The last checkpoint of a stopped run with the same settings; removes what a finished run
+    left, but for the judge's verdicts: each says what it is of.
+
+    Raises:
+        ValueError: the folder holds a stopped run with other settings, or a run of something else.
     """
     kept = {k: v for k, v in settings.items() if k not in FREE and not k.startswith("judge_")}
-    file = output_dir / "settings.json"
-    there = {path.name for path in output_dir.iterdir()} if output_dir.is_dir() else set()
-    if there - {"verdicts.jsonl"} and not file.is_file():
-        raise ValueError(f"{output_dir} holds files of something else; choose another --output_dir")
-    checkpoint = last_checkpoint(output_dir)
-    if checkpoint is not None and not (output_dir / "summary.json").is_file():
+    file, summary = output_dir / "settings.json", output_dir / "summary.json"
+    # The summary last: while it is there the run is finished, and none goes on from it.
+    names = ("checkpoint-*", "student", "metrics.jsonl", "samples_*.jsonl", "summary.json")
+    written = [path for name in names for path in sorted(output_dir.glob(name))]
+    if written and not file.is_file():
+        raise ValueError(
+            f"{output_dir} holds {written[0].name} of something else: choose another --output_dir"
+        )
+    checkpoint = None if summary.is_file() else last_checkpoint(output_dir)
+    if checkpoint is not None:
         trained = {k: v for k, v in kept.items() if k != "num_eval" and not k.startswith("eval_")}
         check_settings(file, trained, "an unfinished run")
         console.print(f"going on from {checkpoint}")
     else:
-        checkpoint = None
-        if "summary.json" in there:
+        if summary.is_file():
             console.print(f"[dim]replacing the finished run in {output_dir}[/dim]")
-        # The summary last: until it is gone the run counts as finished, and none goes on from it.
-        for name in sorted(there - {"verdicts.jsonl", "settings.json"}, key="summary.json".__eq__):
-            path = output_dir / name
+        for path in written:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     output_dir.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(kept, indent=2, default=str) + "\n")
@@ -223,6 +255,8 @@ def _evaluate(
                 judge=judge,
                 max_prompt_length=args.max_prompt_length,
                 temperature=args.sampling_temperature,
+                head_mass=args.head_mass,
+                head_rule=args.head_rule,  # pyright: ignore[reportArgumentType] (checked)
                 seed=args.seed + 1_000_003,
                 batch_size=args.per_device_eval_batch_size,
                 vocab_size=trainer.vocab_size,

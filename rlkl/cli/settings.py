@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import torch
 from trl import TrlParser
 
 from rlkl.cli.errors import fail
@@ -57,3 +58,15 @@ class SettingsParser(TrlParser):
 def _split_option(word: str) -> list[str]:
     """``--config=FILE`` as two words, which is how TrlParser looks for it."""
     return word.split("=", 1) if word.startswith("--config=") else [word]
+
+
+def set_threads(count: int | None) -> None:
+    """CPU threads of torch; None leaves its choice.
+
+    Raises:
+        ValueError: fewer than 1.
+    """
+    if count is not None:
+        if count < 1:
+            raise ValueError(f"threads is {count}; give at least 1, or nothing for torch's choice")
+        torch.set_num_threads(count)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 INSTRUCTION_TEMPLATE = (
     "Below is an instruction that describes a task.\n"
@@ -18,11 +19,12 @@ _ANSWERS = ("completion", "response", "output")
 def load_pairs(source: str | Path, references: str | Path | None = None) -> Dataset:
     """A dataset with ``prompt`` and ``completion``, or with ``text``.
 
-    A row may be: ``prompt`` with ``completion``, ``response`` or ``output``; ``instruction`` (and
-    ``input``) with one of these; ``instruction`` with ``instances`` of ``input`` and ``output``
-    (Self-Instruct: the first instance counts); ``turns`` of a question (Vicuna: the first counts);
-    or ``text``. Instructions and questions go through `INSTRUCTION_TEMPLATE`. A prompt without an
-    answer has the completion "".
+    A row may be: ``prompt`` with ``completion``, ``response`` or ``output``; ``instruction`` with
+    one of these, and with ``input`` or ``context`` (databricks-dolly-15k); ``instruction`` with
+    ``instances`` of ``input`` and ``output`` (Self-Instruct: the first instance counts); ``turns``
+    of a question (Vicuna: the first counts); or ``text``. Instructions and questions go through
+    `INSTRUCTION_TEMPLATE`. A prompt without an answer has the completion ""; numbers are taken as
+    they are written.
 
     Args:
         source: a ``.jsonl``, ``.jsonl.xz``, ``.json`` or ``.csv`` file, or a hub id (``id:split``).
@@ -32,13 +34,17 @@ def load_pairs(source: str | Path, references: str | Path | None = None) -> Data
 
     Raises:
         FileNotFoundError: a file that is not there.
-        ValueError: no rows, or columns of another kind.
+        ValueError: no rows, a broken file, columns of another kind, a prompt or text that is
+            missing, chat messages in place of a text.
     """
     rows = _read(source)
     answers = {} if references is None else {r["question_id"]: r for r in _read(references)}
-    pairs = [_pair(row, answers, source) for row in rows]
-    if not pairs:
-        raise ValueError(f"{source} has no rows")
+    pairs = []
+    for number, row in enumerate(rows):
+        try:
+            pairs.append(_pair(row, answers))
+        except ValueError as error:
+            raise ValueError(f"{source}, row {number}: {error}") from error
     return Dataset.from_list(pairs)
 
 
@@ -49,36 +55,69 @@ def _read(source: str | Path) -> list[dict[str, Any]]:
         if not path.is_file():
             raise FileNotFoundError(f"no such file: {source}")
         kind = "csv" if ".csv" in suffixes else "json"
-        data = load_dataset(kind, data_files=str(path), split="train")
+        try:
+            data = load_dataset(kind, data_files=str(path), split="train")
+        except DatasetGenerationError as error:
+            raise ValueError(f"{source} cannot be read as {kind}: {error.__cause__}") from error
+        except StopIteration:  # datasets' way to say that a file is empty
+            data = []
     else:
         name, _, split = str(source).partition(":")
         data = load_dataset(name, split=split or "train")
-    return cast(Dataset, data).to_list()
+    if not len(cast(Dataset, data)):
+        raise ValueError(f"{source} has no rows")
+    return list(cast(Dataset, data))
 
 
-def _pair(row: dict[str, Any], answers: dict[Any, Any], source: str | Path) -> dict[str, str]:
-    answer = next((str(row[name] or "") for name in _ANSWERS if name in row), "")
+def _pair(row: dict[str, Any], answers: dict[Any, Any]) -> dict[str, str]:
+    answer = next((row[name] for name in _ANSWERS if name in row), None)
     if "prompt" in row:
-        return {"prompt": row["prompt"], "completion": answer}
+        return {"prompt": _text(row, "prompt"), "completion": _answer(answer)}
     if "instances" in row:
-        first = row["instances"][0]
-        return _instruction(row["instruction"], first["input"], first["output"])
+        first = _first(row, "instances")
+        return _instruction(_text(row, "instruction"), first.get("input"), first.get("output"))
     if "instruction" in row:
-        return _instruction(row["instruction"], row.get("input"), answer)
+        given = row.get("input") or row.get("context")
+        return _instruction(_text(row, "instruction"), given, answer)
     if "turns" in row:
         reference = answers.get(row.get("question_id"), {})
         choices = reference.get("choices")
-        answer = choices[0]["turns"][0] if choices else reference.get("text", "")
-        return _instruction(row["turns"][0], None, answer)
+        answer = _first(choices[0], "turns") if choices else reference.get("text")
+        return _instruction(_first(row, "turns"), None, answer)
     if "text" in row:
-        return {"text": row["text"]}
+        return {"text": _text(row, "text")}
     raise ValueError(
-        f"{source} has the columns {sorted(row)}; needed: prompt and completion, instruction and "
-        "output, or text"
+        f"the columns are {sorted(row)}; needed: prompt and completion, instruction and output, or "
+        "text"
     )
 
 
-def _instruction(instruction: str, given: str | None, answer: str) -> dict[str, str]:
+def _text(row: dict[str, Any], column: str) -> str:
+    if row.get(column) is None:
+        raise ValueError(f"{column} is missing")
+    return _written(row[column], column)
+
+
+def _answer(value: Any) -> str:
+    return "" if value is None else _written(value, "the answer")
+
+
+def _written(value: Any, name: str) -> str:
+    if isinstance(value, list | dict):
+        raise ValueError(
+            f"{name} is no text but {value!r:.60}; chat messages become a text by "
+            "tokenizer.apply_chat_template(..., tokenize=False)"
+        )
+    return str(value)
+
+
+def _first(row: dict[str, Any], column: str) -> Any:
+    if not row[column]:
+        raise ValueError(f"{column} is empty")
+    return row[column][0]
+
+
+def _instruction(instruction: str, given: Any, answer: Any) -> dict[str, str]:
     section = f"### Input:\n{given}\n\n" if given else ""
     prompt = INSTRUCTION_TEMPLATE.format(instruction=instruction, input=section)
-    return {"prompt": prompt, "completion": answer}
+    return {"prompt": prompt, "completion": _answer(answer)}

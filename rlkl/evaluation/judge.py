@@ -64,6 +64,10 @@ class Judge:
     pause. Every valid verdict is appended to `cache` at once: an interrupted run asks only for what
     is missing when it is started again.
 
+    Raises:
+        ValueError: a template without ``{prompt}`` or ``{response}``, no attempts, a cache that
+            holds something else.
+
     Example:
         judge = Judge("http://localhost:8000/v1", model="my-judge", cache=Path("verdicts.jsonl"))
         judgement = judge(prompts, responses)
@@ -91,6 +95,11 @@ class Judge:
         for name in ("{prompt}", "{response}"):
             if name not in self.template:
                 raise ValueError(f"the judge's template lacks {name}")
+        if self.attempts < 1:
+            raise ValueError(f"attempts is {self.attempts}; give at least 1")
+        if self.cache is not None:
+            self.cache.parent.mkdir(parents=True, exist_ok=True)
+        self._known = self._read_cache()
         self.client = OpenAI(
             base_url=self.url, api_key=self.api_key, timeout=self.timeout, max_retries=4
         )
@@ -109,10 +118,10 @@ class Judge:
             on_verdict: called with 1 after each response, for a progress bar.
 
         Raises:
-            ValueError: prompts and responses do not pair, or the endpoint cannot be reached or
-                refuses the request.
+            ValueError: prompts and responses do not pair, or the endpoint cannot be reached,
+                refuses the request or does not speak the protocol.
         """
-        known = self._read_cache()
+        known = self._known
         verdicts: list[Verdict | None] = []
         for prompt, response in zip(prompts, responses, strict=True):
             key = self.key(prompt, response)
@@ -143,11 +152,19 @@ class Judge:
                     temperature=0.0 if attempt == 0 else 1.0,  # the same answer would not parse
                     max_tokens=self.max_tokens,
                 )
+                content = answer.choices[0].message.content
             except APIConnectionError as error:
                 raise ValueError(f"no judge answers at {self.url}: {error}") from error
             except OpenAIError as error:
                 raise ValueError(f"the judge at {self.url} refused: {error}") from error
-            scores = parse_verdict(answer.choices[0].message.content or "")
+            except IndexError:  # no choice: nothing was said, as where a filter holds it back
+                content = None
+            except (AttributeError, TypeError, json.JSONDecodeError) as error:
+                raise ValueError(
+                    f"{self.url} does not answer as an OpenAI-compatible endpoint ({error}): give "
+                    "the URL up to and including /v1"
+                ) from error
+            scores = parse_verdict(content or "")
             if scores is not None:
                 return Verdict(key, **scores)
         return None
@@ -159,8 +176,17 @@ class Judge:
         if lines and not lines[-1].endswith("\n"):  # a killed run cut its last line
             del lines[-1]
             self.cache.write_text("".join(lines))
-        rows = map(json.loads, lines)
-        return {row["key"]: Verdict(**row) for row in rows}
+        known = {}
+        for number, line in enumerate(lines, start=1):
+            try:
+                verdict = Verdict(**json.loads(line))
+            except (ValueError, TypeError) as error:  # no JSON, or other fields
+                raise ValueError(
+                    f"{self.cache}, line {number} is no verdict: {error}; remove the line, or name "
+                    "another cache"
+                ) from error
+            known[verdict.key] = verdict
+        return known
 
     def _append(self, verdict: Verdict) -> None:
         if self.cache is not None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from rlkl.evaluation.eval_mode import eval_mode
 from rlkl.evaluation.judge import Judge
 from rlkl.evaluation.text import distinct_n, rouge_l, self_bleu
+from rlkl.kl.adaptive import HeadRule
 from rlkl.rollout import (
     DivergenceRecord,
     Responses,
@@ -47,6 +48,8 @@ def evaluate_student(
     judge: Judge | None = None,
     max_prompt_length: int | None = None,
     temperature: float = 1.0,
+    head_mass: float = 0.5,
+    head_rule: HeadRule = "within",
     seed: int = 0,
     batch_size: int = 64,
     vocab_size: int | None = None,
@@ -67,6 +70,8 @@ def evaluate_student(
         judge: scores the samples, where there is one.
         max_prompt_length: longest prompt in tokens.
         temperature: of sampling; divergences are at 1.
+        head_mass: probability that makes the teacher's head, in AKL and in the gaps.
+        head_rule: which tokens that is; see `rlkl.kl.adaptive`.
         seed: of the draws.
         batch_size: responses per pass.
         vocab_size: real tokens, where the heads are padded to different sizes.
@@ -104,6 +109,8 @@ def evaluate_student(
                 student,
                 teacher,
                 responses,
+                head_mass=head_mass,
+                head_rule=head_rule,
                 vocab_size=vocab_size,
                 batch_size=batch_size,
                 on_batch=on_batch,

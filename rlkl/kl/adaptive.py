@@ -13,7 +13,8 @@ The head has two readings. `"within"`, the authors' published code: the tokens w
 probability is at most `head_mass`, and always the most likely one. `"reach"`: the smallest set of
 most likely tokens whose mass reaches `head_mass`; it has one token more, unless the mass is met
 exactly or the most likely token alone reaches it. Tokens of equal probability are taken in the
-order of their ids.
+order of their ids by the functions here; the fused loss takes them in any order, since it has the
+reference's probabilities up to rounding. Where a tie straddles the head's end, w may differ.
 
 Reference: Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large Language
 Models (Wu et al., 2024), https://arxiv.org/abs/2404.02657.

@@ -34,7 +34,8 @@ def given_responses(
         device: where the tensors go.
 
     Raises:
-        ValueError: no completions, an empty prompt, or plain text that is empty.
+        ValueError: no completions, an empty prompt, plain text that is empty, or a text without a
+            token to predict.
     """
     if not completions:
         raise ValueError("no completions were given")
@@ -51,6 +52,12 @@ def given_responses(
         prompt_ids, prompt_mask = encode_prompts(tokenizer, prompts, max_prompt_length)
     if tokenizer.eos_token_id is not None:
         rows = [[*row, cast(int, tokenizer.eos_token_id)] for row in rows]
+    if not all(rows):
+        kind, i = "text" if prompts is None else "completion", rows.index([])
+        raise ValueError(
+            f"{kind} {i} leaves no token to predict: the tokenizer has no end-of-text token to "
+            "close it with"
+        )
     ended = torch.tensor([len(row) <= max_new_tokens for row in rows])
     rows = [row[:max_new_tokens] for row in rows]
     length = max(map(len, rows))

@@ -1,6 +1,5 @@
 """Distillation on transformers.Trainer: a student towards its teacher, by any divergence."""
 
-import math
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -8,7 +7,8 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.trainer_utils import IntervalStrategy
 
 from rlkl.kl import TokenStats, fused_logp_loss, fused_token_loss, future_kl
 from rlkl.kl.chunked import vocabulary_of
@@ -26,6 +26,7 @@ from rlkl.rollout.given import given_responses
 from rlkl.rollout.randomness import generator_of
 from rlkl.rollout.records import scatter_tokens
 from rlkl.trainers.distill_config import DistillConfig
+from rlkl.trainers.distill_data import check_texts, prompts_of
 from rlkl.trainers.step import StepClock
 from rlkl.trainers.text_trainer import TextTrainer
 from rlkl.trainers.tracking import wandb_run
@@ -73,7 +74,7 @@ class DistillTrainer(TextTrainer):
 
     Raises:
         ValueError: columns that the settings do not work with, an empty text, a head smaller than
-            the tokenizer, lengths beyond a model's positions.
+            the tokenizer, a row longer than a model's positions, a teacher that is the student.
     """
 
     args: DistillConfig
@@ -90,21 +91,30 @@ class DistillTrainer(TextTrainer):
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        sampled = args.on_policy_fraction == 1 or args.teacher_generated
-        check_texts(train_dataset, completions=not sampled)
-        if eval_dataset is not None:
-            check_texts(eval_dataset, completions=True)
         if peft_config is not None:
+            set_seed(args.seed)  # the adapter's start is drawn; the Trainer seeds later
             model = get_peft_model(model, peft_config)  # pyright: ignore[reportArgumentType]
         for each, name in ((model.eval(), "model"), (teacher_model.eval(), "teacher_model")):
             check_causal_lm(each, name)
         self.divergence = args.divergence()
         self.vocab_size = shared_vocabulary(model, teacher_model, processing_class)
+        check_apart(model, teacher_model)
         for each in (model, teacher_model):
             check_positions(each, (args.max_prompt_length or 1) + args.response_length - 1)
+        check_texts(
+            train_dataset,
+            "train_dataset",
+            processing_class,
+            (model, teacher_model),
+            args,
+            given=args.reads_answers,
+            sampled=args.on_policy_fraction > 0 or args.teacher_generated,
+        )
         self.teacher = teacher_model.requires_grad_(False).eval()
-        self._calls = 0
+        self._step = self._calls = 0
         super().__init__(model, args, train_dataset, processing_class, eval_dataset, callbacks)
+        if eval_dataset is not None:
+            self._check_evaluation(eval_dataset)
         self.teacher.to(args.device)  # pyright: ignore[reportArgumentType] (decorated)
 
     # ---- one step --------------------------------------------------------------------------------
@@ -260,13 +270,21 @@ class DistillTrainer(TextTrainer):
         return summarise_divergences(DivergenceRecord.of(stats, responses.mask))
 
     def _logs_this_step(self) -> bool:
-        step, every = self.state.global_step + 1, self.state.logging_steps
-        return step >= self.state.max_steps or (every > 0 and step % every == 0)
+        """Whether the Trainer logs after this step, by its own rule."""
+        step, args = self.state.global_step + 1, self.args
+        if step >= self.state.max_steps or (step == 1 and args.logging_first_step):
+            return True
+        if args.logging_strategy == IntervalStrategy.EPOCH:
+            return self.accelerator.gradient_state.end_of_dataloader
+        every = self.state.logging_steps
+        return args.logging_strategy == IntervalStrategy.STEPS and step % every == 0
 
     def _generator(self) -> torch.Generator:
         """Randomness of this batch alone, so that a resumed run draws what it would have drawn."""
-        accumulated = self.args.gradient_accumulation_steps
-        batch = self.state.global_step * accumulated + self._calls % accumulated
+        step, accumulated = self.state.global_step, self.args.gradient_accumulation_steps
+        if step != self._step:  # the last step of an epoch may have fewer batches
+            self._step, self._calls = step, 0
+        batch = step * accumulated + self._calls % accumulated
         self._calls += 1
         return generator_of(self.args.device, self.args.seed, batch, _TRAINING)
 
@@ -283,14 +301,16 @@ class DistillTrainer(TextTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Every divergence on the held-out texts; with `eval_on_policy` on the student's too.
+        """The loss and every divergence on the held-out texts; with `eval_on_policy` the latter on
+        the student's samples too.
 
         The randomness is the same at every call, so that evaluations differ by the student alone.
         """
         data = cast(Dataset | None, self.eval_dataset if eval_dataset is None else eval_dataset)
         if data is None:
             raise ValueError("evaluate needs texts: pass eval_dataset here or to the trainer")
-        check_texts(data, completions=True)
+        if eval_dataset is not None:
+            self._check_evaluation(eval_dataset)
         self.model.eval()
         inputs = {name: list(data[name]) for name in data.column_names}
         sets = {"": self.given(inputs)}
@@ -311,10 +331,43 @@ class DistillTrainer(TextTrainer):
             )
             summary = summarise_divergences(record)
             metrics |= {f"{metric_key_prefix}_{name}{k}": v for k, v in summary.items()}
-        metrics[f"{metric_key_prefix}_loss"] = metrics.get(
-            f"{metric_key_prefix}_divergence/{self.args.loss}", math.nan
-        )
+        metrics[f"{metric_key_prefix}_loss"] = self._held_out_loss(sets[""])
         return self.report_evaluation(metrics)
+
+    @torch.no_grad()
+    def _held_out_loss(self, responses: Responses) -> float:
+        """The loss at its own temperature, settings and cross-entropy, mean over all tokens."""
+        total = 0.0
+        for rows in torch.arange(len(responses)).split(self.args.per_device_eval_batch_size):
+            batch = responses.rows(rows)
+            loss, _ = self.loss(batch, *self.hidden_states(batch), on_policy=False)
+            total += float(loss) * int(batch.mask.sum())
+        return total / int(responses.mask.sum())
+
+    def _check_evaluation(self, data: Dataset) -> None:
+        check_texts(
+            data,
+            "eval_dataset",
+            self.tokenizer,
+            (self.model, self.teacher),
+            self.args,
+            given=True,
+            sampled=self.args.eval_on_policy,
+        )
+
+
+def check_apart(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuses a teacher that would move with its student.
+
+    Raises:
+        ValueError: they share weights that are trained.
+    """
+    trained = {id(p) for p in student.parameters() if p.requires_grad}
+    if any(id(p) in trained for p in teacher.parameters()):
+        raise ValueError(
+            "model and teacher_model share the weights that are trained: the teacher must stay as "
+            "it is, load it a second time"
+        )
 
 
 def shared_vocabulary(
@@ -334,41 +387,3 @@ def shared_vocabulary(
                 "student and teacher need one tokenizer"
             )
     return min(sizes.values())
-
-
-def prompts_of(inputs: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The batch's prompts; of plain text the bos token, from which a text is sampled whole.
-
-    Raises:
-        ValueError: plain text, and a tokenizer without a bos token.
-    """
-    if "prompt" in inputs:
-        return list(inputs["prompt"])
-    if tokenizer.bos_token is None:
-        raise ValueError(
-            "sampling needs a 'prompt' column: the tokenizer has no bos token to begin a text with"
-        )
-    return [str(tokenizer.bos_token)] * len(inputs["text"])
-
-
-def check_texts(data: Dataset, completions: bool) -> None:
-    """Refuses a dataset without the columns that are needed, or with an empty text in them.
-
-    Raises:
-        ValueError: says which column, or which row.
-    """
-    columns = data.column_names
-    if "text" in columns and "prompt" not in columns:
-        needed = ["text"]
-    else:
-        needed = ["prompt", "completion"] if completions else ["prompt"]
-    missing = [name for name in needed if name not in columns]
-    if missing:
-        raise ValueError(
-            f"a dataset with the columns 'prompt' and 'completion', or 'text', is needed; "
-            f"it has {columns}"
-        )
-    for name in needed:
-        empty = [i for i, text in enumerate(data[name]) if not text.strip()]
-        if empty and name != "completion":
-            raise ValueError(f"{name} {empty[0]} is empty ({len(empty)} of {len(data)} are)")

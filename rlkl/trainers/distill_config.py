@@ -1,5 +1,6 @@
 """The settings of distillation, on top of transformers.TrainingArguments."""
 
+import math
 from dataclasses import dataclass, field
 
 from rlkl.kl import DIVERGENCES, Divergence, get_divergence
@@ -68,8 +69,8 @@ class DistillConfig(RunArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("temperature", "sampling_temperature", "response_length"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be > 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be > 0 and finite")
         if self.max_prompt_length is not None and self.max_prompt_length < 1:
             raise ValueError(f"max_prompt_length is {self.max_prompt_length}; it must be >= 1")
         for name in ("ce_weight", "on_policy_fraction", "fkl_weight", "js_weight"):
@@ -106,6 +107,11 @@ class DistillConfig(RunArguments):
                 f"sampling_temperature {self.sampling_temperature}: the KL is that of the "
                 "distribution that sampled; make them equal"
             )
+
+    @property
+    def reads_answers(self) -> bool:
+        """Whether any batch is of given completions or texts: not all responses are sampled."""
+        return self.on_policy_fraction < 1 and not self.teacher_generated
 
     def divergence(self) -> Divergence:
         """The divergence that `loss` names, with those of its settings that stand here."""

@@ -32,7 +32,10 @@ DISTILL_VOCABULARY: dict[str, str] = {
     "time/trunks": "seconds per step: the passes of both trunks",
     "time/loss": "seconds per step: divergence and gradient down to the hidden states",
     "time/measure": "seconds per step: every divergence, on the steps that log",
-    "loss": "(1 − c) T² D + c CE, plus the future term of a sequence-level gradient",
+    "loss": (
+        "(1 − c) T² D + c CE, plus the future term of a sequence-level gradient, which eval_loss "
+        "does not have"
+    ),
     "grad_norm": "gradient norm before clipping",
     "learning_rate": "of the last step",
     "epoch": "passes over the data so far",

@@ -117,6 +117,14 @@ def test_the_seed_tasks_can_be_trained_on(source, folders, monkeypatch):
     assert run(monkeypatch, folders, train_data=file, max_steps=1, num_eval=2) == 0
 
 
+def test_training_rows_without_an_answer_are_left_out_and_counted(folders, monkeypatch, capsys):
+    file = folders / "some.jsonl"
+    rows = [{"prompt": "it is", "completion": answer} for answer in ("good", "", None, " ")]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
+    assert run(monkeypatch, folders, train_data=file, max_steps=1, num_eval=1) == 0
+    assert "left out: 6 of 8 training rows have no answer" in capsys.readouterr().out
+
+
 # wandb's own code under Python 3.11 and pydantic 2
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_wandb_gets_the_final_metrics_in_the_run_of_the_training(folders, monkeypatch):
@@ -137,7 +145,8 @@ def test_wandb_gets_the_final_metrics_in_the_run_of_the_training(folders, monkey
             assert final[f"final/{name}/{key}"] == pytest.approx(value)
 
 
-def test_a_stopped_run_goes_on_and_refuses_other_settings(folders, monkeypatch, capsys):
+def stopped_run(monkeypatch: pytest.MonkeyPatch, folder: Path, **changes: Any) -> int:
+    """A run that is interrupted after its first step."""
     from rlkl.trainers import StopOnInterrupt
 
     def at_once(self, args, state, control, **kwargs):
@@ -145,12 +154,45 @@ def test_a_stopped_run_goes_on_and_refuses_other_settings(folders, monkeypatch, 
 
     with monkeypatch.context() as stopped:
         stopped.setattr(StopOnInterrupt, "on_step_end", at_once)
-        assert run(stopped, folders) == 130
+        return run(stopped, folder, **changes)
+
+
+def test_a_stopped_run_goes_on_and_refuses_other_settings(folders, monkeypatch, capsys):
+    assert stopped_run(monkeypatch, folders) == 130
     assert "stopped after step 1 of 2" in capsys.readouterr().out
     assert run(monkeypatch, folders, learning_rate=1e-3) == 2
     assert "unfinished run with learning_rate=5e-05, not 0.001" in capsys.readouterr().err
-    assert run(monkeypatch, folders) == 0
+    # What is measured after training may change.
+    held_out = folders / "self_instruct_user_oriented_252.jsonl"
+    assert run(monkeypatch, folders, num_eval=2, eval_data=held_out) == 0
     assert "going on from" in capsys.readouterr().out
+    summary = json.loads((folders / "out" / "summary.json").read_text())
+    assert {name: metrics["prompts"] for name, metrics in summary.items()} == {held_out.stem: 2}
+
+
+def test_a_run_in_the_folder_of_a_finished_one_takes_nothing_of_it(folders, monkeypatch, capsys):
+    out = folders / "out"
+    assert run(monkeypatch, folders, save_steps=1) == 0
+    (out / "verdicts.jsonl").write_text("")
+    changes: dict[str, Any] = {"loss": "rkl", "learning_rate": 1e-3, "seed": 5, "save_steps": 1}
+    with monkeypatch.context() as killed:
+        killed.setattr("rlkl.trainers.DistillTrainer.compute_loss", None)
+        with pytest.raises(TypeError):  # before its first checkpoint
+            run(killed, folders, **changes)
+    capsys.readouterr()
+    assert not (out / "student").exists()
+    assert not list(out.glob("checkpoint-*"))
+    assert (out / "verdicts.jsonl").is_file()
+    assert run(monkeypatch, folders, **changes) == 0
+    assert "going on from" not in capsys.readouterr().out
+
+
+def test_checkpoints_of_something_else_are_left_alone(folders, monkeypatch, capsys):
+    foreign = folders / "out" / "checkpoint-1"
+    foreign.mkdir(parents=True)
+    assert run(monkeypatch, folders) == 2
+    assert "holds checkpoint-1 of something else" in capsys.readouterr().err
+    assert foreign.is_dir()
 
 
 @pytest.mark.parametrize(
@@ -165,13 +207,51 @@ def test_a_stopped_run_goes_on_and_refuses_other_settings(folders, monkeypatch, 
         ),
         ({"teacher_model_name_or_path": "/no/such"}, "no such model folder: /no/such"),
         ({"nonsense": 1}, "nonsense"),
+        ({"num_eval": 0}, "num_eval is 0; give at least 1"),
+        ({"threads": 0}, "threads is 0; give at least 1"),
+        ({"sampling_temperature": "inf"}, "sampling_temperature is inf; it must be > 0 and finite"),
+        (
+            {"train_data": "{folder}/vicuna_80_question.jsonl"},
+            "train_dataset: completion 0 is empty (3 of 3 are)",
+        ),
+        ({"eval_data": "{folder}/a.jsonl {folder}/a.json"}, "two sets are called"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(changes, message, folders, monkeypatch, capsys):
+    changes = {name: str(value).format(folder=folders) for name, value in changes.items()}
     assert run(monkeypatch, folders, **changes) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert message in error
+
+
+def test_held_out_prompts_that_are_too_long_are_found_before_training(folders, monkeypatch, capsys):
+    long = folders / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "film " * 70, "completion": "good"}) + "\n")
+    options = {"config": folders / "mine.yaml", "response_length": 5, "eval_data": long}
+    options["config"].write_text("seed: 0\n")  # the recipe limits prompts
+    monkeypatch.setattr("rlkl.trainers.DistillTrainer.train", None)
+    words = ["--model_name_or_path", folders / "student", "--output_dir", folders / "out"]
+    words += ["--teacher_model_name_or_path", folders / "teacher"]
+    words += ["--train_data", folders / "self_instruct_seed_tasks.jsonl"]
+    words += [word for name, value in options.items() for word in (f"--{name}", value)]
+    monkeypatch.setattr(sys, "argv", ["rlkl", "distill", *map(str, words)])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    error = capsys.readouterr().err
+    assert "long, rows 0 to 0: prompt and response come to 75 tokens" in error
+
+
+def test_held_out_sets_of_one_file_name_are_told_apart_by_their_folders(folders, monkeypatch):
+    row = json.dumps({"prompt": "it is", "completion": "good"}) + "\n"
+    for count, name in enumerate(("d1", "d2"), start=1):
+        (folders / name).mkdir()
+        (folders / name / "test.jsonl").write_text(row * count)
+    sources = f"{folders}/d1/test.jsonl {folders}/d2/test.jsonl"
+    assert run(monkeypatch, folders, eval_data=sources, max_steps=1) == 0
+    summary = json.loads((folders / "out" / "summary.json").read_text())
+    assert {n: m["prompts"] for n, m in summary.items()} == {"d1-test": 1, "d2-test": 2}
+    assert rows_of(folders / "out" / "samples_d2-test.jsonl") == 2
 
 
 def test_a_judge_that_does_not_answer_is_named(folders, monkeypatch, capsys):

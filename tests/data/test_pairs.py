@@ -59,8 +59,39 @@ def test_plain_texts_stay_texts(tmp_path):
     assert load_pairs(write(tmp_path / "a.jsonl", {"text": "T"})).to_list() == [{"text": "T"}]
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_an_answer_that_is_a_number_counts_even_0_and_null_is_none(tmp_path):
+    rows = [{"prompt": "How many?", "completion": n} for n in (0, 1, None)]
+    assert load_pairs(write(tmp_path / "a.jsonl", *rows))["completion"] == ["0", "1", ""]
+
+
+def test_the_context_of_an_instruction_is_its_input(tmp_path):
+    row = {"instruction": "When?", "context": "It was 1931.", "response": "1931"}  # Dolly
+    (pair,) = load_pairs(write(tmp_path / "a.jsonl", row))
+    assert "### Input:\nIt was 1931.\n\n### Response:\n" in pair["prompt"]
+    assert pair["completion"] == "1931"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"label": 1}', r"row 0: the columns are \['label'\]; needed: prompt and completion"),
+        ("", "has no rows"),
+        ('{"prompt": "a"}\nnot json\n', "cannot be read as json"),
+        ('{"prompt": "a"}\n{"prompt": null}', "row 1: prompt is missing"),
+        ('{"text": null}', "row 0: text is missing"),
+        ('{"prompt": [{"role": "user", "content": "hi"}]}', "row 0: prompt is no text but .*chat"),
+        ('{"prompt": "a", "completion": [{"role": "user"}]}', "row 0: the answer is no text but"),
+        ('{"instruction": "a", "instances": []}', "row 0: instances is empty"),
+        ('{"question_id": 1, "turns": []}', "row 0: turns is empty"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_named(content, message, tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_pairs(file)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_pairs(tmp_path / "none.jsonl")
-    with pytest.raises(ValueError, match=r"has the columns \['label'\]; needed: prompt"):
-        load_pairs(write(tmp_path / "a.jsonl", {"label": 1}))

@@ -20,7 +20,8 @@ class Endpoint:
     """A server of POST /v1/chat/completions: gives prepared answers and keeps the questions."""
 
     def __init__(self) -> None:
-        self.answers: list[str | int] = []
+        self.answers: list[str | int | bytes] = []
+        """Content of a message, status of an error, or a whole body."""
         self.requests: list[dict[str, Any]] = []
         endpoint = self
 
@@ -30,11 +31,12 @@ class Endpoint:
                 endpoint.requests.append(json.loads(body))
                 answer = endpoint.answers.pop(0) if endpoint.answers else GOOD
                 failed = isinstance(answer, int)
-                message = {"role": "assistant", "content": None if failed else answer}
+                whole = isinstance(answer, bytes)
+                message = {"role": "assistant", "content": None if failed or whole else answer}
                 choice = {"index": 0, "message": message, "finish_reason": "stop"}
                 reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "judge"}
                 reply |= {"error": {"message": "busy"}} if failed else {"choices": [choice]}
-                data = json.dumps(reply).encode()
+                data = answer if whole else json.dumps(reply).encode()
                 self.send_response(answer if failed else 200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
@@ -154,6 +156,40 @@ def test_another_model_or_template_is_another_verdict(make_judge, tmp_path):
         for changes in ({}, {"model": "other"}, {"template": "{prompt} {response}"})
     }
     assert len(keys) == 3
+
+
+@pytest.mark.parametrize("body", ['{"choices": null}', '{"error": "x"}', "<html>hi</html>", "[]"])
+def test_an_endpoint_of_another_protocol_is_named(body, make_judge, endpoint):
+    endpoint.answers = [body.encode()]
+    with pytest.raises(ValueError, match="does not answer as an OpenAI-compatible endpoint"):
+        make_judge()(["p"], ["a"])
+
+
+def test_an_answer_without_a_choice_is_asked_again(make_judge, endpoint):
+    endpoint.answers = [b'{"choices": []}', GOOD]
+    assert make_judge()(["p"], ["a"]).failed == 0
+    assert len(endpoint.requests) == 2
+
+
+@pytest.mark.parametrize("line", ["broken", '{"key": "a"}', "[1]", '{"key": "a", "score": 1}'])
+def test_a_cache_of_something_else_is_named_before_any_work(line, make_judge, tmp_path):
+    cache = tmp_path / "verdicts.jsonl"
+    cache.write_text(f'{{"key": "a", "quality": 1, "diversity": 1}}\n{line}\n')
+    with pytest.raises(
+        ValueError, match=r"verdicts.jsonl, line 2 is no verdict: .* remove the line"
+    ):
+        make_judge(cache=cache)
+
+
+def test_the_folder_of_a_cache_is_made(make_judge, tmp_path):
+    cache = tmp_path / "new" / "verdicts.jsonl"
+    make_judge(cache=cache)(["p"], ["a"])
+    assert len(cache.read_text().splitlines()) == 1
+
+
+def test_a_judge_that_is_never_asked_is_refused(make_judge):
+    with pytest.raises(ValueError, match="attempts is 0; give at least 1"):
+        make_judge(attempts=0)
 
 
 def test_no_valid_verdict_has_no_mean(make_judge, endpoint):

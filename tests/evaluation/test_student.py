@@ -39,6 +39,20 @@ def test_references_are_measured_where_they_are_and_samples_everywhere(models, t
     assert 0 <= metrics["self_bleu"] <= 100
 
 
+def test_the_head_of_the_adaptive_divergence_is_the_one_asked_for(models, tokenizer):
+    student, teacher = models
+    data = (tokenizer, PROMPTS, COMPLETIONS, 6)
+    head = {"head_mass": 0.9, "head_rule": "reach"}
+    evaluation = evaluate_student(student, teacher, *data, **head)
+    expected = summarise_divergences(
+        divergence_statistics(student, teacher, evaluation.samples, **head)
+    )
+    for name in ("divergence/akl", "gap/head"):
+        assert evaluation.metrics[f"own/{name}"] == pytest.approx(expected[name], rel=1e-5)
+        default = evaluate_student(student, teacher, *data).metrics[f"own/{name}"]
+        assert default != pytest.approx(expected[name], rel=1e-3)
+
+
 def test_the_seed_fixes_the_draws_and_the_mode_is_given_back(models, tokenizer):
     student, teacher = models
     student.train()

@@ -103,6 +103,11 @@ def test_two_losses_of_two_seeds_end_in_table_plot_and_records(
         ({"nonsense": 1}, "nonsense"),
         ({"teacher": "/no/such/folder"}, "no such model folder"),
         ({"los": "akl"}, "--los"),
+        ({"corpus_size": 0}, "corpus_size is 0; give at least 1"),
+        ({"num_eval": 0}, "num_eval is 0; give at least 2"),
+        ({"student_width": 95}, "student_width is 95; give a multiple of the teacher's"),
+        ({"student_layers": 0}, "student_layers is 0; give at least 1"),
+        ({"threads": 0}, "threads is 0; give at least 1"),
     ],
 )
 def test_nonsense_is_one_line_and_exit_code_2(

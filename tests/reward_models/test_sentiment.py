@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import pytest
@@ -165,8 +166,12 @@ def test_clamp_limits_the_score_and_nothing_else(reversed_labels):
 def test_bad_arguments_are_named(reversed_labels):
     with pytest.raises(ValueError, match="'prob'"):
         SentimentReward(reversed_labels, score="prob")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="clamp"):
-        SentimentReward(reversed_labels, clamp=-1.0)
+    for clamp in (-1.0, math.nan):
+        with pytest.raises(ValueError, match="clamp"):
+            SentimentReward(reversed_labels, clamp=clamp)
+    for length in (0, -5):
+        with pytest.raises(ValueError, match=f"max_length is {length}; give at least 1"):
+            SentimentReward(reversed_labels, max_length=length)
     with pytest.raises(ValueError, match="2 prompts but 1 responses"):
         SentimentReward(reversed_labels)(["a", "b"], ["c"])
 

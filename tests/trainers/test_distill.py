@@ -195,6 +195,30 @@ def test_the_expensive_measurement_is_taken_on_logged_steps_only(make_trainer, m
     assert measured == [2, 4, 5]
 
 
+@pytest.mark.parametrize(
+    ("settings", "measured"),
+    [
+        ({"logging_steps": 3, "logging_first_step": True}, {1, 3, 5}),
+        ({"logging_strategy": "epoch"}, {2, 4, 5}),  # the last by the end of training
+        ({"logging_strategy": "epoch", "gradient_accumulation_steps": 2}, {1, 2, 3, 4, 5}),
+        ({"logging_strategy": "no"}, {5}),
+    ],
+)
+def test_every_logged_step_is_measured_and_no_other(settings, measured, make_trainer, monkeypatch):
+    found, measure = set(), DistillTrainer.measure
+
+    def noted(self, *arguments):
+        found.add(self.state.global_step + 1)
+        return measure(self, *arguments)
+
+    monkeypatch.setattr(DistillTrainer, "measure", noted)
+    trainer = make_trainer(max_steps=5, **settings)
+    trainer.train()
+    assert found == measured
+    logged = {log["step"] for log in trainer.state.log_history if "loss" in log}
+    assert {log["step"] for log in steps(trainer)} == logged | {5}
+
+
 def test_plain_text_is_response_from_its_first_token_on(make_trainer, texts, tokenizer):
     trainer = make_trainer(train_dataset=texts, response_length=20)
     trainer.train()
@@ -267,17 +291,21 @@ def test_cross_entropy_does_not_act_on_the_students_own_samples(make_trainer):
     )
 
 
-def test_a_stopped_run_goes_on_as_the_uninterrupted_one(make_trainer, tmp_path):
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_stopped_run_goes_on_as_the_uninterrupted_one(accumulated, make_trainer, pairs, tmp_path):
     settings = {
+        "train_dataset": pairs.select(range(10)),  # two steps an epoch, or the second a half one
+        "per_device_train_batch_size": 6 if accumulated == 1 else 4,
+        "gradient_accumulation_steps": accumulated,
         "on_policy_fraction": 0.5,
-        "max_steps": 4,
+        "max_steps": 5,
         "save_strategy": "steps",
-        "save_steps": 2,
+        "save_steps": 3,
     }
     whole = make_trainer(**settings, output_dir=str(tmp_path / "whole"))
     whole.train()
     resumed = make_trainer(**settings, output_dir=str(tmp_path / "whole"))
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
@@ -289,6 +317,23 @@ def test_a_lora_student_moves_its_adapter_alone(make_trainer, lora):
     moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
     assert moved
     assert all("lora" in name for name in moved)
+
+
+def test_the_seed_fixes_where_an_adapter_starts(make_trainer, lora):
+    starts = []
+    for noise, seed in ((1, 0), (2, 0), (1, 3)):
+        torch.manual_seed(noise)
+        starts.append(make_trainer(peft_config=lora, seed=seed).model.state_dict())
+    (same,) = {torch.equal(starts[0][name], starts[1][name]) for name in starts[0]}
+    assert same
+    assert any(not torch.equal(starts[0][name], starts[2][name]) for name in starts[0])
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_teacher_that_is_the_student_is_refused(adapter, make_trainer, make_lm, lora):
+    model = make_lm()
+    with pytest.raises(ValueError, match=r"share the weights that are trained: .* a second time"):
+        make_trainer(model=model, teacher_model=model, peft_config=lora if adapter else None)
 
 
 def test_a_teacher_in_bfloat16_measures_about_the_same(make_trainer, make_lm):
@@ -367,7 +412,27 @@ def test_evaluation_measures_held_out_text_and_on_demand_the_students_samples(ma
     for prefix in ("eval_", "eval_own/"):
         for name in ("divergence/fkl", "divergence/rkl_per_response", "student/nll_per_token"):
             assert math.isfinite(metrics[prefix + name])
-    assert metrics["eval_loss"] == metrics["eval_divergence/akl"]
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_divergence/akl"], rel=1e-5)
+
+
+def test_the_held_out_loss_is_the_loss_that_is_trained(make_trainer, pairs):
+    trainer = make_trainer(
+        eval_dataset=pairs,
+        loss="skew_fkl",
+        skew_alpha=0.3,
+        ce_weight=0.25,
+        temperature=2.0,
+        per_device_eval_batch_size=5,
+    )
+    responses = trainer.given({name: list(pairs[name]) for name in pairs.column_names})
+    with torch.no_grad():
+        student, teacher = (
+            whole_logits(model, responses).double() for model in (trainer.model, trainer.teacher)
+        )
+    value = trainer.divergence(student, teacher, temperature=2.0).mean()
+    tokens = responses.tokens[responses.mask]
+    expected = 0.75 * 4 * value + 0.25 * torch.nn.functional.cross_entropy(student, tokens)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -376,6 +441,8 @@ def test_evaluation_measures_held_out_text_and_on_demand_the_students_samples(ma
         ({"loss": "kl"}, "divergence 'kl' is unknown; use one of fkl"),
         ({"ce_weight": 1.5}, "ce_weight is 1.5; it must lie in"),
         ({"temperature": 0.0}, "temperature is 0.0; it must be > 0"),
+        ({"temperature": math.inf}, "temperature is inf; it must be > 0 and finite"),
+        ({"sampling_temperature": math.inf}, "sampling_temperature is inf; it must be > 0"),
         ({"skew_alpha": 1.0}, "skew_alpha is 1.0"),
         ({"head_mass": 0.0}, "head_mass is 0.0"),
         ({"head_rule": "top"}, "head_rule is 'top'; use 'within' or 'reach'"),
@@ -405,22 +472,59 @@ def test_data_and_models_that_do_not_fit_are_refused(make_trainer, make_lm, pair
     with pytest.raises(ValueError, match="columns 'prompt' and 'completion', or 'text', is needed"):
         make_trainer(train_dataset=pairs.remove_columns("completion"))
     make_trainer(train_dataset=pairs.remove_columns("completion"), teacher_generated=True)
-    with pytest.raises(ValueError, match="prompt 1 is empty"):
-        make_trainer(
-            train_dataset=Dataset.from_dict({"prompt": ["a", " "], "completion": ["b", "c"]})
-        )
     with pytest.raises(ValueError, match="the teacher's head has 20 rows for 33 tokens"):
         make_trainer(teacher_model=make_lm(vocab_size=20))
+
+
+@pytest.mark.parametrize(
+    ("column", "bad", "message"),
+    [
+        ("prompt", " ", "train_dataset: prompt 1 is empty"),
+        ("completion", "", "train_dataset: completion 1 is empty .1 of 2 are.: .* or sample all"),
+        ("completion", " \n", "completion 1 is empty"),
+        ("prompt", None, "train_dataset: prompt 1 is no text but None: leave such rows out"),
+    ],
+)
+def test_rows_that_teach_nothing_are_named(column, bad, message, make_trainer):
+    rows = {"prompt": ["a", "a"], "completion": ["b", "b"]}
+    rows[column][1] = bad
+    data = Dataset.from_dict(rows)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(train_dataset=data)
+    with pytest.raises(ValueError, match=message.replace("train_dataset", "eval_dataset")):
+        make_trainer(eval_dataset=data)
+    if column == "completion":  # which nobody reads here
+        make_trainer(train_dataset=data, on_policy_fraction=1.0)
+
+
+def test_chat_messages_are_named(make_trainer):
+    messages = [[{"role": "user", "content": "hi"}]]
+    data = Dataset.from_dict({"prompt": messages, "completion": messages})
+    with pytest.raises(ValueError, match=r"chat messages become a text by .*apply_chat_template"):
+        make_trainer(train_dataset=data)
+
+
+def test_what_a_tokenizer_without_bos_or_eos_cannot_do_is_refused_at_once(make_trainer, tokenizer):
+    texts = Dataset.from_dict({"text": ["good film", "good"] * 3})
+    tokenizer.bos_token = None
+    make_trainer(train_dataset=texts)  # "good", then the end of text
+    with pytest.raises(ValueError, match="the tokenizer has no bos token to begin a text with"):
+        make_trainer(train_dataset=texts, on_policy_fraction=0.1)
+    tokenizer.pad_token, tokenizer.eos_token = "good", None
+    with pytest.raises(ValueError, match="rows 0 to 5: text 1 leaves no token to predict"):
+        make_trainer(train_dataset=texts)
 
 
 def test_a_prompt_that_leaves_no_room_for_its_response_is_refused(make_trainer):
     long = Dataset.from_dict({"prompt": ["film " * 60] * 6, "completion": ["good"] * 6})
     make_trainer(train_dataset=long, response_length=2).train()  # 1 + 60 + 2 tokens, 64 positions
     with pytest.raises(ValueError, match="come to 66 tokens, and the model has 64 positions"):
-        make_trainer(train_dataset=long, on_policy_fraction=1.0).train()
+        make_trainer(train_dataset=long, on_policy_fraction=0.1)
+    with pytest.raises(ValueError, match=r"eval_dataset, rows 0 to 5: .* come to 66 tokens"):
+        make_trainer(eval_dataset=long, eval_on_policy=True)
     long = Dataset.from_dict({"prompt": ["film " * 70] * 6, "completion": ["good"] * 6})
     with pytest.raises(ValueError, match="set a smaller max_prompt_length or response_length"):
-        make_trainer(train_dataset=long, response_length=2).train()
+        make_trainer(train_dataset=long, response_length=2)
     make_trainer(train_dataset=long, response_length=2, max_prompt_length=60).train()
 
 
