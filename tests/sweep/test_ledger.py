@@ -154,10 +154,11 @@ def test_a_search_asks_in_turns_for_each_arm_and_learns_from_what_it_is_told(
     while (cell := ledger.claim("worker")) is not None:
         point = {"kl": 1 / cell.settings["kl_coef"], "reward": 1 - cell.settings["kl_coef"]}
         ledger.finish(cell, {"points": [point], "samples": []})
+        study = ConfigurationStudy(ledger)  # another process each time
         study.settle()
     cells = ledger.cells()
     assert len(cells) == 6
     assert [c.arm for c in cells] == ["k1", "rb"] * 3
-    assert len({c.settings["kl_coef"] for c in cells}) == 6
+    assert len({c.settings["kl_coef"] for c in cells}) == 6, "none draws what another has drawn"
     assert all(0.01 <= c.settings["kl_coef"] <= 10 for c in cells)
     assert all(trial.state.is_finished() for trial in study.study.get_trials())
