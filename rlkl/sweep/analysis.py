@@ -43,7 +43,7 @@ class Frontier:
     surfaces: dict[str, list[tuple[float, float]]]
     """Median attainment surface of each arm: corners, by rising KL."""
     attained: dict[str, list[Estimate]]
-    """The same at `kls`, with intervals."""
+    """The same at `kls`, with the middle 95% of the resamples."""
     kls: list[float]
     """0 and the KLs of the points, where what is attained changes (`LEVELS` of them)."""
     comparisons: list[Comparison]
@@ -94,11 +94,10 @@ def frontier(result: SweepResult, measure: Measure = "reward", resamples: int = 
         hypervolume_difference=dict(zip(pairs, covered[len(arms) :], strict=True)),
         surfaces=surfaces,
         attained={
-            arm: replicas.interval(
+            arm: replicas.percentiles(
                 lambda drawn, arm=arm: replicas.attained(drawn, arm, within, floor),
                 [arm],
                 resamples,
-                bounds=(floor, np.inf),
             )
             for arm in arms
         },
