@@ -114,7 +114,7 @@ def _choice(value: Any) -> Any:
 
 def _range(limits: dict[str, Any]) -> BaseDistribution:
     whole = all(isinstance(limits[end], int) for end in ("low", "high"))
-    kind = IntDistribution if whole and not limits.get("log") else FloatDistribution
+    kind = IntDistribution if whole else FloatDistribution
     return kind(limits["low"], limits["high"], log=bool(limits.get("log", False)))
 
 
