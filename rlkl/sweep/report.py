@@ -102,8 +102,10 @@ def _embed(figure: go.Figure, name: str) -> Markup:
 def _caption(analysis: Analysis) -> str:
     result, reference = analysis.result, analysis.result.reference
     evaluation = result.spec.get("evaluation", {})
+    asked = evaluation.get("prompts", "?")  # where a record does not say how many
+    measured = " or ".join({str(point.extra.get("prompts", asked)) for point in result.points})
     text = (
-        f"Every run is measured on the same {evaluation.get('prompts', '?')} held-out prompts, "
+        f"Every run is measured on the same {measured} held-out prompts, "
         f"{evaluation.get('responses_per_prompt', '?')} responses each, with the same random "
         "numbers; KL exact per token; error bars are 1.96 standard errors, clustered by prompt. "
         "Click a point for its texts."

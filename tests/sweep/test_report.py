@@ -17,7 +17,7 @@ from rlkl.sweep.export import analyse, frontier_json
 from rlkl.sweep.findings import findings
 from rlkl.sweep.frontier import Estimate
 from rlkl.sweep.records import SweepResult
-from rlkl.sweep.report import FILES, write_report
+from rlkl.sweep.report import FILES, page, write_report
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +108,21 @@ def test_a_sweep_without_reference_and_judge_is_reported_too(make_result, tmp_pa
     bare = SweepResult(**{**vars(result), "points": points, "reference": None})
     write_report(bare, tmp_path)
     assert "held-out judge" not in (tmp_path / "index.html").read_text()
+
+
+def test_a_reference_of_few_samples_has_no_known_optimum_and_is_reported(make_result, tmp_path):
+    result = make_result(configurations=2)
+    for point in result.reference["optimal"]:
+        point["trusted"] = False
+    write_report(result, tmp_path)
+    assert (tmp_path / "frontier.png").is_file()
+
+
+def test_the_page_says_how_many_prompts_there_were(make_result):
+    result = make_result(configurations=2)
+    assert "same 8 held-out prompts" in page(analyse(result, resamples=2)), "as the spec says"
+    fewer = [replace(p, extra={"prompts": 5}) for p in result.points]
+    assert "same 5 held-out prompts" in page(analyse(replace(result, points=fewer), resamples=2))
 
 
 def test_two_thousand_records_are_reported_in_ten_seconds_of_this_thread(make_result, tmp_path):
