@@ -122,7 +122,7 @@ class Evaluator:
             "judge_se": float(own["judge"].stderr),
             "samples": count,
             "trusted_kl": tilt.trusted_kl,
-            "half_sample_gap": tilt.half_sample_gap(),
+            "half_sample_drop": tilt.half_sample_drop(),
             "optimal": [asdict(point) for point in tilt.curve()],
             "best_of_n": [asdict(p) for p in best_of_n_curve(reward, {"judge": judge})],
         }

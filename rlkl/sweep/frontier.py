@@ -122,7 +122,8 @@ def satterthwaite(
         >>> satterthwaite(np.array([[1.0, 1.0], [1.0, 0.0]]), np.array([[2], [2]])).tolist()
         [4.0, 2.0]
     """
-    return variances.sum(0) ** 2 / (variances**2 / freedom).sum(0)
+    with np.errstate(divide="ignore"):  # where all ν are infinite, so is the result
+        return variances.sum(0) ** 2 / (variances**2 / freedom).sum(0)
 
 
 def _estimates(value: np.ndarray, low: np.ndarray, high: np.ndarray) -> list[Estimate]:

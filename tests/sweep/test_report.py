@@ -82,6 +82,28 @@ def test_a_row_of_kls_that_differ_is_said_though_the_mean_does_not(make_result, 
     assert ("KL by KL" in first) == ("ahead" in said)
 
 
+def test_it_says_what_was_tested_and_up_to_where_the_optimum_is_known(make_result):
+    result = make_result()
+    agreeing = [replace(p, judge=p.reward) for p in result.points]
+    said = " ".join(
+        line["text"] for line in findings(analyse(replace(result, points=agreeing), resamples=20))
+    )
+    assert "none has more reward by a t-test" in said
+    assert "Where the optimum is known, up to 3.40 nats, the best of" in said
+    beyond = sum(p.kl > 3.4 for p in result.points)
+    assert f"Of the {beyond} runs beyond only upper bounds are known" in said
+
+
+def test_arms_without_a_common_kl_are_said_not_to_be_compared(make_result):
+    result = make_result()
+    points = [replace(p, kl=p.kl + 100 * (p.arm == "rb")) for p in result.points]
+    said = " ".join(
+        line["text"] for line in findings(analyse(replace(result, points=points), resamples=20))
+    )
+    assert "no range of KL in common: k1 and rb." in said
+    assert "At equal KL" not in said
+
+
 def test_it_says_when_seeds_are_too_few_and_cells_failed(make_result):
     result = make_result(seeds=1)
     result.failed["004-seed0"] = "exit code 1"
