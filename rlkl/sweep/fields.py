@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, cast, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,12 @@ def _check(value: Any, hint: Any, place: str, bound: AtLeast | None = None) -> N
         raise ValueError(f"{place} is {value!r}; {_SAID[needed]}{bound} is needed")
     if is_dataclass(kind):
         check_fields(kind, value, place, f"{place}.")  # pyright: ignore[reportArgumentType]
-    for name, item in value.items() if kind is dict else ():
-        _check(item, inner[1], f"{place}.{name}")
-    for number, item in enumerate(value) if kind is list else ():
-        _check(item, inner[0], f"{place}[{number}]")
+    if kind is dict:
+        for name, item in cast("dict[str, Any]", value).items():
+            _check(item, inner[1], f"{place}.{name}")
+    if kind is list:
+        for number, item in enumerate(cast("list[Any]", value)):
+            _check(item, inner[0], f"{place}[{number}]")
 
 
 def refuse_unknown(given: Mapping[str, Any], known: list[str], where: str) -> None:

@@ -185,10 +185,11 @@ def load_spec(path: str | Path) -> SweepSpec:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such sweep: {path}")
-    data = yaml.safe_load(path.read_text())
-    if not isinstance(data, dict):
+    given = yaml.safe_load(path.read_text())
+    if not isinstance(given, dict):
         raise ValueError(f"{path} is no mapping; it needs at least recipe, grid and seeds")
-    data = {"name": path.stem} | {k: v for k, v in data.items() if v is not None}
+    data: dict[str, Any] = {"name": path.stem}
+    data |= {k: v for k, v in given.items() if v is not None}
     search = data.pop("search", None)
     check_fields(SweepSpec, data, str(path))
     if "recipe" not in data:
