@@ -52,10 +52,10 @@ def run(
     ] = False,
     report: Annotated[bool, typer.Option(help="Write the report at the end.")] = True,
 ) -> None:
-    r"""Run a sweep on this machine; the same command goes on with one that was stopped or killed.
+    """Run a sweep on this machine; the same command goes on with one that was stopped or killed.
 
-    \b
     rlkl sweep run recipes/sweep_kl.yaml --dry-run
+
     rlkl sweep run recipes/sweep_kl.yaml --workers 2
     """
     console = Console()
@@ -129,9 +129,8 @@ def work(
     threads: Threads = None,
     recipe: Recipe = None,
 ) -> None:
-    r"""Join a sweep as one more worker, from any machine that reaches its storage.
+    """Join a sweep as one more worker, from any machine that reaches its storage.
 
-    \b
     rlkl sweep work --storage postgresql://me@host/sweeps --name sweep_kl
     """
     console = Console()
@@ -166,9 +165,8 @@ def status(
     journal: Annotated[bool, typer.Option(help="List every attempt too.")] = False,
     json: JsonOut = None,
 ) -> None:
-    r"""Show the cells of a sweep, their progress, and the time left.
+    """Show the cells of a sweep, their progress, and the time left.
 
-    \b
     rlkl sweep status recipes/sweep_kl.yaml --watch
     """
     with refusing_bad_input():
@@ -200,9 +198,8 @@ def status(
 
 @sweep_app.command()
 def retry(spec: Spec = None, storage: Storage = None, name: Name = None, out: Out = None) -> None:
-    r"""Queue the failed cells of a sweep again; `run` or `work` then takes them.
+    """Queue the failed cells of a sweep again; `run` or `work` then takes them.
 
-    \b
     rlkl sweep retry recipes/sweep_kl.yaml
     """
     with refusing_bad_input():
@@ -218,10 +215,10 @@ def frontier(
     out: Out = None,
     json: JsonOut = None,
 ) -> None:
-    r"""Print the frontier of a sweep: shares, hypervolumes, comparisons at equal KL.
+    """Print the frontier of a sweep: shares, hypervolumes, comparisons at equal KL.
 
-    \b
     rlkl sweep frontier recipes/sweep_kl.yaml
+
     rlkl sweep frontier recipes/sweep_kl.yaml --json -
     """
     console = Console(stderr=json == "-")
@@ -251,10 +248,10 @@ def report(
     ] = None,
     wandb: Annotated[bool, typer.Option(help="Log the summary run to W&B.")] = True,
 ) -> None:
-    r"""Write the page, the figures and all records of a sweep, finished or not.
+    """Write the page, the figures and all records of a sweep, finished or not.
 
-    \b
     rlkl sweep report recipes/sweep_kl.yaml
+
     rlkl sweep report --storage sqlite:///runs/sweep_kl/sweep.db --out report
     """
     console = Console()
@@ -276,6 +273,9 @@ def _write_report(console: Console, result, folder: Path, identity: str | None) 
     from rlkl.sweep.findings import findings
     from rlkl.sweep.report import FILES, write_report
 
+    with refusing_bad_input():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILES[0]).touch()  # whether it can be written to
     with console.status(f"a report of {len(result.points)} points"):
         analysis = write_report(result, folder)
         if identity is not None:

@@ -40,7 +40,7 @@ class OptimalTilt:
     as equal weights of that entropy would have. A point is `trusted` while their geometric mean
     over prompts, N exp(−mean KL), is at least 16: up to log(N/16) nats. Beyond, the estimate bends
     towards the best of the samples and says too little of the optimum. Standard errors are over
-    prompts; the samples' own error comes on top, see `half_sample_gap`.
+    prompts; the samples' own error comes on top, see `half_sample_drop`.
 
     Args:
         scores: [P, N] rewards of N samples of the reference for each of P prompts.
@@ -109,16 +109,20 @@ class OptimalTilt:
             low, high = (middle, high) if self.at(math.exp(middle)).kl > kl else (low, middle)
         return math.exp(high)
 
-    def half_sample_gap(self) -> float:
-        """Largest difference in reward, over the trusted KL of half the samples, between the curves
-        from the first and the second half of the samples: what the finite N may have moved.
+    def half_sample_drop(self) -> float | None:
+        """Largest drop in reward, over the trusted KL, of the curve from half of the samples.
+
+        The mean of the curves of the two halves, below that of all: a bias of order 1/N is about as
+        large as this. It tells how the estimate depends on N, not how far the optimum is: samples
+        that all miss a rare reward show no drop. None where nothing is trusted.
         """
+        if self.trusted_kl == 0:
+            return None
         half = self.scores.shape[1] // 2
-        if half < 2:
-            return math.inf
-        first, second = OptimalTilt(self.scores[:, :half]), OptimalTilt(self.scores[:, half:])
-        kls = [first.trusted_kl * (i + 1) / 8 for i in range(8)]
+        halves = [OptimalTilt(part) for part in (self.scores[:, :half], self.scores[:, -half:])]
+        kls = [self.trusted_kl * (i + 1) / 8 for i in range(8)]
         return max(
-            abs(first.at(first.beta_of(k)).reward - second.at(second.beta_of(k)).reward)
-            for k in kls
+            self.at(self.beta_of(kl)).reward
+            - sum(part.at(part.beta_of(kl)).reward for part in halves) / 2
+            for kl in kls
         )

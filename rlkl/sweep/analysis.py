@@ -6,8 +6,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from scipy import stats
 
-from rlkl.sweep.frontier import Estimate, Replicas, attainment_surface, pareto_front
+from rlkl.sweep.frontier import (
+    Estimate,
+    Replicas,
+    attainment_surface,
+    pareto_front,
+    satterthwaite,
+)
 from rlkl.sweep.records import Point, SweepResult
 
 Measure = Literal["reward", "judge"]
@@ -43,7 +50,7 @@ class Frontier:
     surfaces: dict[str, list[tuple[float, float]]]
     """Median attainment surface of each arm: corners, by rising KL."""
     attained: dict[str, list[Estimate]]
-    """The same at `kls`, with intervals."""
+    """The same at `kls`, with the middle 95% of the resamples."""
     kls: list[float]
     """0 and the KLs of the points, where what is attained changes (`LEVELS` of them)."""
     comparisons: list[Comparison]
@@ -94,11 +101,10 @@ def frontier(result: SweepResult, measure: Measure = "reward", resamples: int = 
         hypervolume_difference=dict(zip(pairs, covered[len(arms) :], strict=True)),
         surfaces=surfaces,
         attained={
-            arm: replicas.interval(
+            arm: replicas.percentiles(
                 lambda drawn, arm=arm: replicas.attained(drawn, arm, within, floor),
                 [arm],
                 resamples,
-                bounds=(floor, np.inf),
             )
             for arm in arms
         },
@@ -190,15 +196,21 @@ class OverOptimisation:
     reward_rise: float
     judge_change: float
     judge_falls: bool
-    """Whether the judge's change is below 0 by more than its error, not just no rise."""
+    """Whether the judge's change is below 0 by Welch's t-test too, not just no rise."""
+
+
+_Mean = tuple[float, float, float]
+"""A mean with its standard error and the degrees of freedom of that."""
 
 
 def over_optimisation(result: SweepResult) -> dict[str, OverOptimisation | None]:
     """For each arm, from which KL on its reward rises while the judge does not; None: not seen.
 
     Between the means of the configurations, by rising KL: the judge's best configuration j and a
-    later one k with reward_k − reward_j above 1.96 standard errors while judge_k ≤ judge_j. The
-    standard error of a mean over seeds is that of its spread; of a single seed, the evaluation's.
+    later one k whose reward is higher by Welch's t-test (one-sided, 2.5%) while judge_k ≤ judge_j.
+    No other pairs are tested. The standard error of a mean over seeds is that of its spread, with
+    n − 1 degrees of freedom; of a single seed the evaluation's, taken as known. An arm of one
+    configuration is left out: there is nothing to compare.
     Scaling laws for reward model overoptimization (Gao, Schulman and Hilton, 2022),
     https://arxiv.org/abs/2210.10760.
     """
@@ -212,33 +224,41 @@ def over_optimisation(result: SweepResult) -> dict[str, OverOptimisation | None]
             ),
             key=lambda m: m["kl"][0],
         )
-        found[arm] = _first_turn(arm, means)
+        if len(means) > 1:
+            found[arm] = _first_turn(arm, means)
     return found
 
 
-def _first_turn(arm: str, means: list[dict[str, tuple[float, float]]]) -> OverOptimisation | None:
-    if not means:
-        return None
+def _first_turn(arm: str, means: list[dict[str, _Mean]]) -> OverOptimisation | None:
     top = max(range(len(means)), key=lambda i: means[i]["judge"][0])
     best = means[top]
     for later in means[top + 1 :]:
         rise = later["reward"][0] - best["reward"][0]
         change = later["judge"][0] - best["judge"][0]
-        if rise > 1.96 * np.hypot(later["reward"][1], best["reward"][1]):
-            falls = change < -1.96 * np.hypot(later["judge"][1], best["judge"][1])
-            return OverOptimisation(arm, best["kl"][0], later["kl"][0], rise, change, bool(falls))
+        if rise > _half_interval(later["reward"], best["reward"]):
+            falls = change < -_half_interval(later["judge"], best["judge"])
+            return OverOptimisation(arm, best["kl"][0], later["kl"][0], rise, change, falls)
     return None
 
 
-def _mean_of(runs: Sequence[Point]) -> dict[str, tuple[float, float]]:
-    """Mean and standard error over the seeds of one configuration."""
+def _half_interval(first: _Mean, second: _Mean) -> float:
+    """Half of the 95% interval of the difference of two means (Welch)."""
+    variances = np.array([first[1], second[1]]) ** 2
+    if variances.sum() == 0:
+        return 0.0
+    freedom = satterthwaite(variances, np.array([first[2], second[2]]))
+    return float(stats.t.ppf(0.975, freedom) * variances.sum() ** 0.5)
+
+
+def _mean_of(runs: Sequence[Point]) -> dict[str, _Mean]:
+    """Over the seeds of one configuration."""
     means = {}
     for name in ("kl", "reward", "judge"):
         values = np.array([getattr(run, name) for run in runs])
         error = float(getattr(runs[0], f"{name}_se"))
         if len(runs) > 1:
             error = float(values.std(ddof=1) / np.sqrt(len(runs)))
-        means[name] = (float(values.mean()), error)
+        means[name] = (float(values.mean()), error, len(runs) - 1.0 or np.inf)
     return means
 
 

@@ -115,10 +115,8 @@ class Driver:
         self.restarts += 1
         if code > 0 or self.restarts > RESTARTS:
             log = self.folder / f"worker-{number}.log"
-            last = log.read_text(errors="replace").strip().splitlines()[-1:]
-            raise RuntimeError(
-                f"worker {number} ended with code {code}: {''.join(last)} (see {log})"
-            )
+            error = last_error(log.read_text(errors="replace"))
+            raise RuntimeError(f"worker {number} ended with code {code}: {error} (see {log})")
         self.workers[number] = self._start(number)
 
     def stop(self) -> None:
@@ -128,3 +126,16 @@ class Driver:
                 worker.send_signal(signal.SIGINT)
         for worker in self.workers.values():
             worker.wait()
+
+
+def last_error(log: str) -> str:
+    r"""What ended a program, by its log: the message of the last traceback, else the last line.
+
+    >>> log = "Traceback (most recent call last):\n  File ...\nOperationalError: disk is full\n"
+    >>> last_error(log + "(Background on this error at: https://sqlalche.me)")
+    'OperationalError: disk is full'
+    """
+    _, traceback, trace = log.rpartition("Traceback (most recent call last):")
+    if not traceback:
+        return "".join(log.strip().splitlines()[-1:])
+    return next((line for line in trace.splitlines() if line and not line.startswith(" ")), "")

@@ -6,8 +6,8 @@ It reads the ``cell.json`` and ``settings.yaml`` of a cell and writes ``points.j
 one record a policy measured (the run's end, last; its checkpoints before, where they are kept),
 "samples": texts, "versions": {...}}; for the reference {"reference": {...}} beside no points. A
 point's keys: step, kl, kl_se (exact token KL, nats per response), kl_k1, kl_k1_se (sampled, on the
-same responses), reward, reward_se, judge, judge_se, length, truncated; every ``_se`` is clustered
-by prompt.
+same responses), reward, reward_se, judge, judge_se, length, truncated, prompts (how many there
+were); every ``_se`` is clustered by prompt.
 """
 
 import importlib.metadata
@@ -73,7 +73,7 @@ class Evaluator:
             seed=self.evaluation["seed"],
         ).rollout
         mask = rollout.responses.mask
-        point: dict[str, float] = {"step": step}
+        point: dict[str, float] = {"step": step, "prompts": len(self.prompts)}
         for name, values in {
             "kl": sequence_kl(token_kl("rb", rollout), mask),
             "kl_k1": sequence_kl(token_kl("k1", rollout), mask),
@@ -122,7 +122,7 @@ class Evaluator:
             "judge_se": float(own["judge"].stderr),
             "samples": count,
             "trusted_kl": tilt.trusted_kl,
-            "half_sample_gap": tilt.half_sample_gap(),
+            "half_sample_drop": tilt.half_sample_drop(),
             "optimal": [asdict(point) for point in tilt.curve()],
             "best_of_n": [asdict(p) for p in best_of_n_curve(reward, {"judge": judge})],
         }

@@ -250,13 +250,14 @@ def _draw(axis: Axes, analysis: Analysis, front: Frontier) -> None:
     reference = analysis.result.reference
     if reference is not None:
         curve = [p for p in reference["optimal"] if p["trusted"]]
-        kls = np.array([0.0, *(p["kl"] for p in curve)])
-        means, errors = np.array([score(p, front.measure) for p in curve]).T
-        means, errors = np.append(reference[front.measure], means), np.append(errors[0], errors)
-        axis.plot(kls, means, color=_GREY, label="optimum")
-        axis.fill_between(
-            kls, means - Z * errors, means + Z * errors, color=_GREY, alpha=0.15, lw=0
-        )
+        if curve:  # with few samples of the reference no point of the optimum is known
+            kls = np.array([0.0, *(p["kl"] for p in curve)])
+            means, errors = np.array([score(p, front.measure) for p in curve]).T
+            means, errors = np.append(reference[front.measure], means), np.append(errors[0], errors)
+            axis.plot(kls, means, color=_GREY, label="optimum")
+            axis.fill_between(
+                kls, means - Z * errors, means + Z * errors, color=_GREY, alpha=0.15, lw=0
+            )
         best = reference["best_of_n"]
         axis.plot(
             [p["kl_bound"] for p in best],

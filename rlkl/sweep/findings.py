@@ -1,6 +1,6 @@
 """A sweep in sentences: what its page, its W&B summary and the command line say of it."""
 
-from itertools import groupby
+from itertools import combinations, groupby
 from typing import Any
 
 from rlkl.sweep.analysis import Comparison
@@ -18,6 +18,11 @@ def findings(analysis: Analysis) -> list[dict[str, Any]]:
 
     for comparison in front.comparisons:
         say(_said(comparison))
+    compared = {(comparison.first, comparison.second) for comparison in front.comparisons}
+    apart = [pair for pair in combinations(result.arms, 2) if pair not in compared]
+    if apart:
+        pairs = ", ".join(f"{first} and {second}" for first, second in apart)
+        say(f"Not compared at equal KL, as they have no range of KL in common: {pairs}.")
     shares = ", ".join(f"{arm} {percent(e)}" for arm, e in front.share_on_front.items())
     say(f"Share of the reward-vs-KL front: {shares}.")
     for arm, found in analysis.over_optimised.items():
@@ -35,19 +40,30 @@ def findings(analysis: Analysis) -> list[dict[str, Any]]:
     if unseen:
         most = max(p.kl for p in result.points)
         say(
-            f"No over-optimisation seen up to {most:.2f} nats with {', '.join(unseen)}: where the "
-            "reward rises by more than its error, so does the judge."
+            f"No over-optimisation seen up to {most:.2f} nats with {', '.join(unseen)}: beyond the "
+            "configuration that the judge likes best, none has more reward by a t-test (2.5%). No "
+            "other configurations were compared."
         )
     reached = [
         (e.share, p)
         for e, p in zip(analysis.efficiency, result.points, strict=True)
         if e is not None and p.last and not e.upper_bound
     ]
+    beyond = [e for e, p in zip(analysis.efficiency, result.points, strict=True) if e and p.last]
+    beyond = [e.share for e in beyond if e.upper_bound]
     if reached:
         share, point = max(reached, key=lambda pair: pair[0])
+        known = max(p["kl"] for p in (result.reference or {})["optimal"] if p["trusted"])
         say(
-            f"The best run reaches {share:.0%} of the gain that is possible at its KL "
-            f"({point.label}, seed {point.seed}, {point.kl:.2f} nats)."
+            f"Where the optimum is known, up to {known:.2f} nats, the best of {len(reached)} runs "
+            f"reaches {share:.0%} of the gain that is possible at its KL ({point.label}, seed "
+            f"{point.seed}, {point.kl:.2f} nats)."
+            + (
+                f" Of the {len(beyond)} runs beyond only upper bounds are known, up to "
+                f"{max(beyond):.0%}."
+                if beyond
+                else ""
+            )
         )
     seeds = {p.seed for p in result.points}
     if len(seeds) < 3:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlkl.sweep.fields import not_finite
 from rlkl.sweep.ledger import REFERENCE, Ledger
 
 
@@ -84,7 +85,25 @@ class SweepResult:
         return SweepResult(points=[Point(**json.loads(line)) for line in lines[1:]], **head)
 
 
-_MEASURED = ("step", "kl", "kl_se", "reward", "reward_se", "judge", "judge_se")
+def check_record(record: Any, reference: bool) -> None:
+    """Refuses what is no measurement of a cell.
+
+    Raises:
+        ValueError: no points, a point without its numbers, or a number that is not finite.
+    """
+    name = "reference" if reference else "points"
+    if not isinstance(record, dict) or not record.get(name):
+        raise ValueError(f"the evaluator wrote no {name}")
+    for number, point in enumerate(record["points"]):
+        missing = [key for key in _NEEDED if not isinstance(point.get(key), int | float)]
+        if missing:
+            raise ValueError(f"points[{number}] has no number {missing[0]}")
+    for found in not_finite(record[name], name):
+        raise ValueError(f"the evaluator measured that {found}")
+
+
+_NEEDED = ("step", "kl", "kl_se", "reward", "reward_se")
+_MEASURED = (*_NEEDED, "judge", "judge_se")
 
 
 def collect(ledger: Ledger) -> SweepResult:

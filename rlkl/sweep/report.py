@@ -102,21 +102,24 @@ def _embed(figure: go.Figure, name: str) -> Markup:
 def _caption(analysis: Analysis) -> str:
     result, reference = analysis.result, analysis.result.reference
     evaluation = result.spec.get("evaluation", {})
+    asked = evaluation.get("prompts", "?")  # where a record does not say how many
+    measured = " or ".join({str(point.extra.get("prompts", asked)) for point in result.points})
     text = (
-        f"Every run is measured on the same {evaluation.get('prompts', '?')} held-out prompts, "
+        f"Every run is measured on the same {measured} held-out prompts, "
         f"{evaluation.get('responses_per_prompt', '?')} responses each, with the same random "
         "numbers; KL exact per token; error bars are 1.96 standard errors, clustered by prompt. "
         "Click a point for its texts."
     )
     if reference is None:
         return text
-    gap = reference["half_sample_gap"]
+    drop = reference.get("half_sample_drop")  # None: nothing is trusted; older records have none
+    fewer = "" if drop is None else f"; from half of them it is lower by up to {drop:.2g} there"
     return text + (
         f" Optimum: the reference tilted by exp(reward/β), from {reference['samples']} samples for "
         f"each of the same prompts, which carry it up to {reference['trusted_kl']:.2f} nats (at "
-        f"least 16 effective samples); two halves of the samples differ by at most {gap:.2g}; the "
-        "band is the error over prompts. Up to the errors, no policy has more reward at the same "
-        "KL. Best of n is drawn at the upper bound of its KL."
+        f"least 16 effective samples){fewer}; the band is the error over prompts. Up to the "
+        "errors, no policy has more reward at the same KL. Best of n is drawn at the upper bound "
+        "of its KL."
     )
 
 

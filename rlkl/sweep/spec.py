@@ -1,15 +1,16 @@
 """The YAML of a sweep: which recipe, which settings it varies, and how its runs are measured."""
 
-import difflib
 import itertools
 import json
 import runpy
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 import yaml
+
+from rlkl.sweep.fields import Above, AtLeast, check_fields, not_finite, refuse_unknown
 
 EVALUATED_FIELDS = (
     "model_name_or_path",
@@ -36,16 +37,16 @@ STRENGTH = "kl_coef"
 class EvaluationSpec:
     """The one evaluator of all cells: same prompts, same draws, same reward model and judge."""
 
-    prompts: int = 128
-    """Held-out prompts: the first of the recipe's ``eval_prompts``."""
-    responses_per_prompt: int = 4
+    prompts: Annotated[int, AtLeast(2)] = 128
+    """Held-out prompts: the first of the recipe's ``eval_prompts``, all where it has fewer."""
+    responses_per_prompt: Annotated[int, AtLeast(1)] = 4
     """Standard errors are clustered by prompt."""
-    reference_samples: int = 256
+    reference_samples: Annotated[int, AtLeast(0)] = 256
     """Samples of the reference for each prompt, behind the optimum and best-of-n; 0 for neither."""
-    seed: int = 0
+    seed: Annotated[int, AtLeast(0)] = 0
     checkpoints: bool = False
     """Measure every checkpoint too (``save_steps``): several points from each run."""
-    samples: int = 3
+    samples: Annotated[int, AtLeast(0)] = 3
     """Texts kept of each point."""
     script: str | None = None
     """Another evaluator (see `rlkl.sweep.cell` for what is asked of it); None: rlkl's."""
@@ -89,17 +90,17 @@ class SweepSpec:
     grid: dict[str, list[Any]] = field(default_factory=dict)
     """Axis -> values; a value that is a mapping sets several fields at once."""
     search: SearchSpec | None = None
-    seeds: list[int] = field(default_factory=lambda: [0])
+    seeds: list[Annotated[int, AtLeast(0)]] = field(default_factory=lambda: [0])
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
-    retries: int = 2
+    retries: Annotated[int, AtLeast(0)] = 2
     """How often a cell that failed is tried again."""
-    lost_retries: int = 20
+    lost_retries: Annotated[int, AtLeast(0)] = 20
     """How often a cell whose worker vanished is taken over."""
-    heartbeat: float = 5.0
+    heartbeat: Annotated[float, Above(0)] = 5.0
     """Seconds between a worker's signs of life."""
-    grace: float = 30.0
+    grace: Annotated[float, Above(0)] = 30.0
     """Seconds of silence after which another worker takes the cell over."""
-    minutes_per_cell: float | None = None
+    minutes_per_cell: Annotated[float, Above(0)] | None = None
     """For the estimate of the time before any cell has ended."""
 
     @property
@@ -184,30 +185,31 @@ def load_spec(path: str | Path) -> SweepSpec:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such sweep: {path}")
-    data = yaml.safe_load(path.read_text())
-    if not isinstance(data, dict):
+    given = yaml.safe_load(path.read_text())
+    if not isinstance(given, dict):
         raise ValueError(f"{path} is no mapping; it needs at least recipe, grid and seeds")
-    data = {"name": path.stem, **data}
-    _refuse_unknown(data, _names(SweepSpec), str(path))
+    data: dict[str, Any] = {"name": path.stem}
+    data |= {k: v for k, v in given.items() if v is not None}
+    search = data.pop("search", None)
+    check_fields(SweepSpec, data, str(path))
     if "recipe" not in data:
         raise ValueError(f"{path} names no recipe: the path of the script that a cell runs")
     data["recipe"] = str(_beside(path, data["recipe"], "recipe"))
-    evaluation = data.get("evaluation") or {}
-    _refuse_unknown(evaluation, _names(EvaluationSpec), "evaluation")
+    evaluation = data.pop("evaluation", {})
     if evaluation.get("script"):
         evaluation["script"] = str(_beside(path, evaluation["script"], "evaluation.script"))
     base: dict[str, Any] = {}
     if data.get("config"):
         config = _beside(path, data["config"], "config")
-        base, data["config"] = yaml.safe_load(config.read_text()), str(config)
-    data["settings"] = {k: v for k, v in base.items() if k not in OWN_FIELDS} | (
-        data.get("settings") or {}
-    )
-    search = data.pop("search", None)
+        base, data["config"] = yaml.safe_load(config.read_text()) or {}, str(config)
+        if not isinstance(base, dict):
+            raise ValueError(f"config {config} is no mapping of settings")
+    base = {k: v for k, v in base.items() if k not in OWN_FIELDS}
+    data["settings"] = base | data.get("settings", {})
     spec = SweepSpec(
-        **{k: v for k, v in data.items() if k != "evaluation"},
+        **data,
         evaluation=EvaluationSpec(**evaluation),
-        search=_search(search) if search else None,
+        search=None if search is None else _search(search),
     )
     _check_shape(spec)
     return _checked_by_recipe(spec)
@@ -220,37 +222,59 @@ def _beside(spec: Path, name: str, what: str) -> Path:
     return file
 
 
-def _search(data: dict[str, Any]) -> SearchSpec:
+def _search(data: Any) -> SearchSpec:
     """``{configurations, sampler, seed, <field>: {low, high, log}}``."""
+    if not isinstance(data, dict):
+        raise ValueError(f"search is {data!r}; a mapping is needed")
     own = {k: v for k, v in data.items() if k in ("configurations", "sampler", "seed")}
     ranges = {k: v for k, v in data.items() if k not in own}
-    if not ranges or not isinstance(own.get("configurations"), int) or own["configurations"] < 1:
+    if not ranges or "configurations" not in own:
         raise ValueError("search needs configurations: N and a range, such as kl_coef: {low, high}")
+    check_fields(SearchSpec, own, "search", "search.")
     if own.get("sampler", "tpe") not in ("tpe", "nsgaii", "random"):
         raise ValueError(f"search.sampler is {own['sampler']!r}; use tpe, nsgaii or random")
     for name, limits in ranges.items():
         if not isinstance(limits, dict) or not {"low", "high"} <= limits.keys():
             raise ValueError(f"search.{name} is {limits!r}; give {{low: , high: , log: true}}")
-        _refuse_unknown(limits, ["low", "high", "log"], f"search.{name}")
+        refuse_unknown(limits, ["low", "high", "log"], f"search.{name}")
+        limits |= {end: _number(limits[end], f"search.{name}.{end}") for end in ("low", "high")}
         if not limits["low"] < limits["high"] or (limits.get("log") and limits["low"] <= 0):
             raise ValueError(f"search.{name} is {limits!r}; low < high, and low > 0 where log")
     return SearchSpec(fields=ranges, **own)
 
 
+def _number(value: Any, place: str) -> float:
+    """A number, also as YAML's text: it reads 1e-3 as such, and 1.0e-3 as a number."""
+    try:
+        if not isinstance(value, bool):
+            return value if isinstance(value, int) else float(value)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"{place} is {value!r}; a number is needed")
+
+
 def _check_shape(spec: SweepSpec) -> None:
+    for where in not_finite(asdict(spec), "the spec"):
+        raise ValueError(f"{where.removeprefix('the spec.')}; a finite number is needed")
+    if spec.name in ("", ".", "..") or Path(spec.name).name != spec.name or len(spec.name) > 200:
+        raise ValueError(f"name is {spec.name!r}; it names a folder: no / and at most 200 letters")
     for axis, values in spec.grid.items():
-        if not isinstance(values, list) or not values:
-            raise ValueError(f"grid.{axis} is {values!r}; give a list of values")
-    for name, value in (("seeds", spec.seeds), ("evaluation.prompts", [spec.evaluation.prompts])):
-        if not value or not all(isinstance(x, int) and x >= 0 for x in value):
-            raise ValueError(f"{name} is {value!r}; whole numbers >= 0 are needed")
+        if not values:
+            raise ValueError(f"grid.{axis} is []; give a list of values")
+    if not spec.seeds:
+        raise ValueError("seeds is []; at least one seed is needed")
     if len(set(spec.seeds)) < len(spec.seeds):
         raise ValueError(f"seeds are {spec.seeds}; a seed stands twice")
+    if spec.evaluation.reference_samples == 1:
+        raise ValueError("evaluation.reference_samples is 1; use 0 for none, or at least 2")
     if spec.grace <= 2 * spec.heartbeat:
         raise ValueError(
             f"grace is {spec.grace} s and heartbeat {spec.heartbeat} s; a worker must be able to "
             "miss a beat: use a grace of more than two heartbeats"
         )
+    for name in spec.search.fields if spec.search else ():
+        if any(name in arm for arm in spec.arms):
+            raise ValueError(f"{name} stands in grid and in search; choose one of them")
     points = [json.dumps(arm, sort_keys=True) for arm in spec.arms]
     if len(set(points)) < len(points):
         raise ValueError("two points of the grid are the same")
@@ -279,10 +303,10 @@ def _checked_by_recipe(spec: SweepSpec) -> SweepSpec:
     classes = recipe_settings(spec.recipe)
     known = [name for cls in classes for name in _names(cls)]
     where = Path(spec.recipe).name
-    _refuse_unknown(spec.settings, known, f"settings of {where}")
+    refuse_unknown(spec.settings, known, f"settings of {where}")
     searched = spec.search.fields if spec.search else {}
     varied = {name for arm in spec.arms for name in arm} | set(searched)
-    _refuse_unknown(dict.fromkeys(varied), known, f"grid for {where}")
+    refuse_unknown(dict.fromkeys(varied), known, f"grid for {where}")
     for name in sorted(varied | set(spec.settings)):
         if name in OWN_FIELDS:
             raise ValueError(f"{name} is given to each cell by the sweep (seeds: for seeds)")
@@ -294,17 +318,34 @@ def _checked_by_recipe(spec: SweepSpec) -> SweepSpec:
             )
     if spec.evaluation.checkpoints and "keep_checkpoints" not in known:
         raise ValueError(f"evaluation.checkpoints needs a recipe that can keep them; {where} can't")
+    hints = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
+    for name, limits in searched.items():
+        limits |= _limits_of_field(limits, hints[name], f"search.{name}")
     filled: dict[str, Any] = {}
     lows = {name: limits["low"] for name, limits in searched.items()}
-    for number in range(len(spec.arms)):
+    for number, arm in enumerate(spec.arms):
         configuration = spec.configuration(number, lows)
+        for name, value in configuration.settings.items():
+            if value is None and type(None) not in get_args(hints[name]):
+                raise ValueError(f"{configuration.label}: {name} is null; give a value")
+        # What a sweep leaves to the recipe, and its records name all the same.
+        defaults = [n for n in (*EVALUATED_FIELDS, STRENGTH) if n not in {**arm, **lows}]
         for parsed in _parse(classes, configuration):
-            filled |= {
-                name: getattr(parsed, name) for name in EVALUATED_FIELDS if hasattr(parsed, name)
-            }
+            filled |= {n: getattr(parsed, n) for n in defaults if hasattr(parsed, n)}
         _check_estimator(configuration)
     values = asdict(spec) | {"settings": {**spec.settings, **filled}}
     return SweepSpec.from_json(json.dumps(values))
+
+
+def _limits_of_field(limits: dict[str, Any], hint: Any, where: str) -> dict[str, Any]:
+    """Both ends as the recipe's field has them: 1 and 10 of a float are 1.0 and 10.0."""
+    kinds = {hint, *get_args(hint)}
+    ends = {end: limits[end] for end in ("low", "high")}
+    if float in kinds:
+        return {end: float(value) for end, value in ends.items()}
+    if int not in kinds or any(value != int(value) for value in ends.values()):
+        raise ValueError(f"{where} is {ends}; a search is over numbers, whole where the field is")
+    return {end: int(value) for end, value in ends.items()}
 
 
 def _parse(classes: tuple[type, ...], configuration: Configuration) -> tuple[Any, ...]:
@@ -337,14 +378,6 @@ def _check_estimator(configuration: Configuration) -> None:
 
 def _names(cls: type) -> list[str]:
     return [f.name for f in fields(cls)]
-
-
-def _refuse_unknown(given: Mapping[str, Any], known: list[str], where: str) -> None:
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{where}: unknown field {name!r}{hint}")
 
 
 def iterate_cells(spec: SweepSpec) -> Iterator[tuple[Configuration, int]]:

@@ -45,7 +45,7 @@ class ConfigurationStudy:
             study_name=ledger.name,
             directions=["minimize", "maximize"],
             load_if_exists=True,
-            sampler=_sampler(self.spec.search),
+            sampler=_sampler(self.spec.search, 0),
         )
 
     def settle(self) -> None:
@@ -71,6 +71,7 @@ class ConfigurationStudy:
         arm = self.spec.arms[number % len(self.spec.arms)]
         fixed = {name: _choice(value) for name, value in arm.items()}
         self.study.enqueue_trial(fixed)
+        self.study.sampler = _sampler(self.spec.search, number)
         trial = self.study.ask(self._distributions())
         if any(trial.params[name] != value for name, value in fixed.items()):
             self.study.tell(trial, state=TrialState.FAIL)  # left by a process that was killed here
@@ -113,12 +114,14 @@ def _choice(value: Any) -> Any:
 
 def _range(limits: dict[str, Any]) -> BaseDistribution:
     whole = all(isinstance(limits[end], int) for end in ("low", "high"))
-    kind = IntDistribution if whole and not limits.get("log") else FloatDistribution
+    kind = IntDistribution if whole else FloatDistribution
     return kind(limits["low"], limits["high"], log=bool(limits.get("log", False)))
 
 
-def _sampler(search: SearchSpec | None) -> optuna.samplers.BaseSampler:
-    seed = search.seed if search else 0
+def _sampler(search: SearchSpec | None, number: int) -> optuna.samplers.BaseSampler:
+    """Random numbers belong to a configuration: no two processes may draw the same ones for two."""
+    entropy = [search.seed if search else 0, number]
+    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     kind = search.sampler if search else "random"
     if kind == "tpe":
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=6, constant_liar=True)

@@ -18,6 +18,7 @@ from typing import Any, cast
 import yaml
 
 from rlkl.sweep.ledger import REFERENCE, Cell, Ledger
+from rlkl.sweep.records import check_record
 from rlkl.sweep.study import ConfigurationStudy
 
 LAST_LINES = 15
@@ -95,13 +96,24 @@ class Worker:
             return
         points = folder / "points.json"
         if code == 0 and points.is_file():
-            self.ledger.finish(cell, json.loads(points.read_text()))
+            self._finish(cell, points)
         elif code == 0:
             self.ledger.fail(cell, f"the evaluator wrote no {points.name}")
         elif self._told_to_stop():
             self.ledger.release(cell)
         else:
             self.ledger.fail(cell, f"exit code {code}\n{_tail(folder / 'output.log')}")
+
+    def _finish(self, cell: Cell, points: Path) -> None:
+        """Ends a cell with what was measured, or fails it where that is none."""
+        try:
+            record = json.loads(points.read_text())
+            check_record(record, cell.key == REFERENCE)
+        except ValueError as error:
+            points.unlink()  # so that another attempt measures again
+            self.ledger.fail(cell, str(error))
+            return
+        self.ledger.finish(cell, record)
 
     def _supervise(self, cell: Cell, folder: Path, lock: int) -> int | None:
         """Exit code of the cell's process; None where the lease was lost on the way."""

@@ -82,11 +82,18 @@ def test_equal_scores_cannot_be_tilted():
         OptimalTilt(torch.ones(3, 1))
 
 
-def test_the_gap_between_two_halves_is_what_the_samples_have_moved():
+def test_the_drop_with_half_the_samples_is_of_the_size_of_the_bias():
+    """Gaussian rewards: the truth is √(2 KL); a comparison of the halves with one another, which
+    share their bias, would say next to nothing of it.
+    """
     half = torch.randn(20, 64, generator=torch.Generator().manual_seed(4))
-    assert OptimalTilt(torch.cat([half, half], 1)).half_sample_gap() == pytest.approx(0, abs=1e-9)
-    shifted = torch.cat([half, half + 0.5], 1)
-    assert OptimalTilt(shifted).half_sample_gap() == pytest.approx(0.5, abs=1e-5)
+    again = OptimalTilt(torch.cat([half, half], 1)).half_sample_drop()
+    assert again == pytest.approx(0, abs=1e-9), "the same samples twice say nothing more"
+    tilt = OptimalTilt(torch.randn(1000, 64, generator=torch.Generator().manual_seed(5)))
+    at = [tilt.trusted_kl * (i + 1) / 8 for i in range(8)]
+    bias = max(math.sqrt(2 * kl) - tilt.at(tilt.beta_of(kl)).reward for kl in at)
+    assert 0.5 * bias < tilt.half_sample_drop() < 2 * bias
+    assert OptimalTilt(half[:, :16]).half_sample_drop() is None
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])

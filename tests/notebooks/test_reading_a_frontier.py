@@ -33,7 +33,7 @@ def test_half_of_the_front_is_in_every_interval_and_part_of_it_is_rbs_unopposed(
     for front in (analysis.reward, analysis.judge):
         for share in front.share_on_front.values():
             assert share.ci95[0] < 0.5 < share.ci95[1]
-    assert abs(analysis.judge.share_on_front["rb"].ci95[0] - 0.5) < 0.01  # only just
+    assert abs(analysis.judge.share_on_front["rb"].ci95[0] - 0.5) < 0.02  # only just
     points = analysis.result.points
     least = min(p.kl for p in points if p.arm == "k1")
     ahead = zip(points, analysis.reward.on_front, strict=True)
@@ -60,13 +60,12 @@ def test_at_equal_kl_the_low_end_differs_and_the_mean_does_not(analysis):
         (comparison,) = front.comparisons
         assert (comparison.first, comparison.second) == ("k1", "rb")
         assert comparison.mean.ci95[0] < 0 < comparison.mean.ci95[1]
-        assert all(e.ci95[1] < 0 for e in comparison.difference[:4])
+        ahead = [e.ci95[1] < 0 for e in comparison.difference]
+        leads = 2 if front.measure == "reward" else 4
+        assert ahead == [True] * leads + [False] * (len(ahead) - leads)
         assert all(e.ci95[0] < 0 for e in comparison.difference)  # nowhere is k1 ahead
         lowest = comparison.difference[0]
-        assert -lowest.value > 3 * (lowest.ci95[1] - lowest.value)
-        far_end = [e.ci95[1] for e in comparison.difference[-2:]]
-        assert all(high > 0 for high in far_end) == (front.measure == "reward")
-        assert min(far_end) > -0.01  # by a hair
+        assert -lowest.value > 2 * (lowest.ci95[1] - lowest.value)
 
 
 def test_k1_stops_where_rb_goes_on(analysis):
@@ -83,6 +82,7 @@ def test_k1_stops_where_rb_goes_on(analysis):
 def test_no_run_is_near_the_optimum_or_above_best_of_n(analysis):
     pairs = list(zip(analysis.result.points, analysis.efficiency, strict=True))
     known = [(p, e.share) for p, e in pairs if not e.upper_bound]
+    assert len(known) == len(pairs) / 2
     assert max(share for _, share in known) < 0.5
     assert max(e.share for _, e in pairs if e.upper_bound) > 1
     for kl_coef in {p.kl_coef for p, _ in known}:

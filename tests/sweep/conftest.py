@@ -110,7 +110,7 @@ def make_result() -> Callable[..., SweepResult]:
             "judge_se": 0.1,
             "samples": 512,
             "trusted_kl": 3.47,
-            "half_sample_gap": 0.02,
+            "half_sample_drop": 0.02,
             "optimal": [
                 {
                     "beta": 1.0,

@@ -22,6 +22,8 @@ class Settings:
     seconds_per_step: float = 0.1
     fails: int = 0
     """So many attempts end with code 3."""
+    diverges: bool = False
+    """What it leaves has no finite KL."""
     response_length: int = 24
 
 

@@ -9,6 +9,7 @@ from rlkl.cli.main import main
 from rlkl.sweep.driver import begin_sweep, default_storage
 from rlkl.sweep.spec import load_spec
 
+RECORDS = Path(__file__).parents[2] / "notebooks" / "sweep_kl.jsonl"
 RECORD = {
     "kl_se": 0.1,
     "reward_se": 0.1,
@@ -76,6 +77,7 @@ def test_a_dry_run_of_a_search_says_what_is_searched(write_spec, tmp_path, monke
         (["report", "--storage", "nonsense"], "nonsense"),
         (["work", "--storage", "sqlite:///empty.db", "--name", "x"], "holds no sweep 'x'"),
         (["retry"], "which sweep?"),
+        (["report", "--records", str(RECORDS), "--out", "bad.yaml/report"], "bad.yaml"),
         (["wander"], "wander"),
     ],
 )
@@ -89,6 +91,14 @@ def test_nonsense_is_one_line_and_exit_code_2(
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert message in error
+
+
+@pytest.mark.parametrize("command", ["run", "work", "status", "retry", "frontier", "report"])
+def test_the_help_shows_examples_and_no_escapes(monkeypatch, capsys, command):
+    assert run(monkeypatch, command, "--help") == 0
+    said = capsys.readouterr().out
+    assert f" rlkl sweep {command}" in said
+    assert "\\b" not in said
 
 
 def test_status_fits_a_terminal_of_80_columns_and_takes_the_folder(finished, monkeypatch, capsys):

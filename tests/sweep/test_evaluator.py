@@ -47,6 +47,7 @@ def test_errors_are_those_of_the_prompts_means():
 def test_the_reference_against_itself_has_no_kl_and_its_own_curves(settings):
     evaluator = Evaluator(settings, EVALUATION)
     point, samples = evaluator.point(evaluator.ref, 0)
+    assert point["prompts"] == len(evaluator.prompts)
     assert point["kl"] == point["kl_k1"] == point["kl_se"] == 0
     assert point["reward"] == pytest.approx(point["judge"]), "the judge is the reward here"
     assert len(samples) == 2

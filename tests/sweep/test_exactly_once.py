@@ -123,7 +123,7 @@ def test_ctrl_c_stops_with_a_checkpoint_the_same_command_goes_on_and_a_failing_c
     write_spec, tmp_path
 ):
     spec = write_spec(
-        grid={"kl_coef": [0.1, 1.0], "fails": [0, 1, 9]},
+        grid={"kl_coef": [0.1, 1.0], "how": [{"fails": 1}, {"fails": 9}, {"diverges": True}]},
         settings={"max_steps": 10, "seconds_per_step": 0.05},
         seeds=[0],
         retries=1,
@@ -137,10 +137,13 @@ def test_ctrl_c_stops_with_a_checkpoint_the_same_command_goes_on_and_a_failing_c
     assert {cell.state for cell in ledger.cells()} <= {"waiting", "done"}
     assert {a["outcome"] for a in ledger.attempts()} <= {"stopped", "done"}
 
-    assert start(spec, out).wait(timeout=600) == 2, "two cells fail for good"
-    assert "2 cells failed" in (tmp_path / "driver.log").read_text()
+    assert start(spec, out).wait(timeout=600) == 2, "four cells fail for good"
+    assert "4 cells failed" in (tmp_path / "driver.log").read_text()
     for cell in ledger.cells():
-        if cell.configuration >= 0 and cell.settings["fails"] == 9:
+        if cell.settings.get("diverges"):
+            assert (cell.state, cell.failures) == ("failed", 2)
+            assert "points[0].kl is nan" in str(cell.error)
+        elif cell.settings.get("fails") == 9:
             assert (cell.state, cell.failures) == ("failed", 2)
             assert "exit code 3" in str(cell.error)
             assert "the loss is not a number" in str(cell.error)

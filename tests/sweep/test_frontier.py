@@ -1,5 +1,7 @@
 """Fronts, volumes, surfaces and intervals against their definitions and closed forms."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -109,6 +111,40 @@ def test_intervals_of_three_seeds_hold_the_truth_as_often_as_they_say():
     assert 190 - 4 * 3.1 < held <= 200
 
 
+def test_a_number_that_rests_on_one_of_many_configurations_has_the_freedom_of_its_seeds():
+    """Pooled over the 12 configurations, t with 24 in place of 2 degrees of freedom holds the truth
+    in 82% of cases: 164 ± 5.4 of 200, where 95% are 190 ± 3.1.
+    """
+    generator = np.random.default_rng(2)
+    held = 0
+    for trial in range(200):
+        made = replicas(generator.normal(size=(12, 3)))
+        (estimate,) = made.interval(
+            lambda drawn, made=made: made.means(drawn)[:1, 1], resamples=200, seed=trial
+        )
+        held += estimate.ci95[0] < 0 < estimate.ci95[1]
+    assert 190 - 4 * 3.1 < held <= 200
+
+
+def test_shares_of_the_variance_of_a_mean_are_the_classical_ones():
+    rewards = np.random.default_rng(4).normal(size=(2, 3))
+    made = replicas(rewards)
+    shares = made.variance_shares(lambda drawn: made.means(drawn)[:, 1])
+    classical = rewards.var(axis=1, ddof=1) / 3
+    assert shares == pytest.approx(np.diag(classical))
+
+
+def test_what_is_attained_has_limits_that_some_seeds_attain_and_that_rise_with_the_kl(make_result):
+    result = make_result()
+    front = frontier(result)
+    for estimates in front.attained.values():
+        low, high = np.array([e.ci95 for e in estimates]).T
+        assert max(high) <= max(p.reward for p in result.points)
+        assert (np.diff(low) >= 0).all()
+        assert (np.diff(high) >= 0).all()
+        assert all(a <= e.value <= b for e, a, b in zip(estimates, low, high, strict=True))
+
+
 def test_one_seed_has_no_interval():
     made = replicas(np.ones((3, 1)))
     (estimate,) = made.interval(made.share_on_front)
@@ -206,3 +242,21 @@ def test_over_optimisation_is_found_where_the_judge_turns_and_not_before(make_re
     agreeing = [type(p)(**{**vars(p), "judge": p.reward}) for p in result.points]
     result.points[:] = agreeing
     assert over_optimisation(result) == {"k1": None, "rb": None}
+
+
+def test_over_optimisation_is_rarely_announced_where_nothing_changes_and_never_of_one_point(
+    make_result,
+):
+    """Two seeds, reward and judge flat: 1.96 standard errors of two values are passed in 15% and
+    more of single comparisons, Welch's t in at most 2.5%; of three later ones about 7%.
+    """
+    generator, result, announced = np.random.default_rng(0), make_result(8, seeds=2), 0
+    for _ in range(100):
+        flat = [
+            replace(p, reward=float(r), judge=float(j))
+            for p, (r, j) in zip(result.points, generator.normal(size=(16, 2)), strict=True)
+        ]
+        found = over_optimisation(replace(result, points=flat))
+        announced += sum(turn is not None for turn in found.values())
+    assert announced < 0.07 * 200
+    assert over_optimisation(make_result(configurations=2)) == {}

@@ -124,6 +124,18 @@ def test_another_sweep_under_the_same_name_is_refused(begin, make_spec):
         open_ledger(ledger.url, other, "identity")
 
 
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("recipe", "/elsewhere/recipe.py"), ("retries", 9), ("heartbeat", 0.3), ("grace", 60.0)],
+)
+def test_a_sweep_does_not_go_on_as_another_one_in_silence(tmp_path, make_spec, name, other):
+    url = f"sqlite:///{tmp_path}/sweep.db"
+    open_ledger(url, make_spec(), "identity")
+    assert open_ledger(url, make_spec(minutes_per_cell=2.0), "identity").name == "fake"
+    with pytest.raises(ValueError, match=f"other {name}"):
+        open_ledger(url, make_spec(**{name: other}), "identity")
+
+
 def test_a_grids_configurations_are_trials_with_the_means_of_their_seeds(url, make_spec, request):
     ledger = open_ledger(url, make_spec(name=request.node.name), "identity")
     study = ConfigurationStudy(ledger)
@@ -154,10 +166,11 @@ def test_a_search_asks_in_turns_for_each_arm_and_learns_from_what_it_is_told(
     while (cell := ledger.claim("worker")) is not None:
         point = {"kl": 1 / cell.settings["kl_coef"], "reward": 1 - cell.settings["kl_coef"]}
         ledger.finish(cell, {"points": [point], "samples": []})
+        study = ConfigurationStudy(ledger)  # another process each time
         study.settle()
     cells = ledger.cells()
     assert len(cells) == 6
     assert [c.arm for c in cells] == ["k1", "rb"] * 3
-    assert len({c.settings["kl_coef"] for c in cells}) == 6
+    assert len({c.settings["kl_coef"] for c in cells}) == 6, "none draws what another has drawn"
     assert all(0.01 <= c.settings["kl_coef"] <= 10 for c in cells)
     assert all(trial.state.is_finished() for trial in study.study.get_trials())

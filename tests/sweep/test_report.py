@@ -17,7 +17,7 @@ from rlkl.sweep.export import analyse, frontier_json
 from rlkl.sweep.findings import findings
 from rlkl.sweep.frontier import Estimate
 from rlkl.sweep.records import SweepResult
-from rlkl.sweep.report import FILES, write_report
+from rlkl.sweep.report import FILES, page, write_report
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,28 @@ def test_a_row_of_kls_that_differ_is_said_though_the_mean_does_not(make_result, 
     assert ("KL by KL" in first) == ("ahead" in said)
 
 
+def test_it_says_what_was_tested_and_up_to_where_the_optimum_is_known(make_result):
+    result = make_result()
+    agreeing = [replace(p, judge=p.reward) for p in result.points]
+    said = " ".join(
+        line["text"] for line in findings(analyse(replace(result, points=agreeing), resamples=20))
+    )
+    assert "none has more reward by a t-test" in said
+    assert "Where the optimum is known, up to 3.40 nats, the best of" in said
+    beyond = sum(p.kl > 3.4 for p in result.points)
+    assert f"Of the {beyond} runs beyond only upper bounds are known" in said
+
+
+def test_arms_without_a_common_kl_are_said_not_to_be_compared(make_result):
+    result = make_result()
+    points = [replace(p, kl=p.kl + 100 * (p.arm == "rb")) for p in result.points]
+    said = " ".join(
+        line["text"] for line in findings(analyse(replace(result, points=points), resamples=20))
+    )
+    assert "no range of KL in common: k1 and rb." in said
+    assert "At equal KL" not in said
+
+
 def test_it_says_when_seeds_are_too_few_and_cells_failed(make_result):
     result = make_result(seeds=1)
     result.failed["004-seed0"] = "exit code 1"
@@ -108,6 +130,21 @@ def test_a_sweep_without_reference_and_judge_is_reported_too(make_result, tmp_pa
     bare = SweepResult(**{**vars(result), "points": points, "reference": None})
     write_report(bare, tmp_path)
     assert "held-out judge" not in (tmp_path / "index.html").read_text()
+
+
+def test_a_reference_of_few_samples_has_no_known_optimum_and_is_reported(make_result, tmp_path):
+    result = make_result(configurations=2)
+    for point in result.reference["optimal"]:
+        point["trusted"] = False
+    write_report(result, tmp_path)
+    assert (tmp_path / "frontier.png").is_file()
+
+
+def test_the_page_says_how_many_prompts_there_were(make_result):
+    result = make_result(configurations=2)
+    assert "same 8 held-out prompts" in page(analyse(result, resamples=2)), "as the spec says"
+    fewer = [replace(p, extra={"prompts": 5}) for p in result.points]
+    assert "same 5 held-out prompts" in page(analyse(replace(result, points=fewer), resamples=2))
 
 
 def test_two_thousand_records_are_reported_in_ten_seconds_of_this_thread(make_result, tmp_path):

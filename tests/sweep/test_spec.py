@@ -1,5 +1,7 @@
 """A sweep's YAML: what it means, and that nonsense is refused before anything starts."""
 
+import re
+
 import pytest
 
 from rlkl.sweep.spec import SearchSpec, SweepSpec, iterate_cells, load_spec
@@ -33,7 +35,13 @@ def test_settings_stand_over_those_of_the_base_config(write_spec, tmp_path):
         ({"settings": {"max_step": 3}}, "did you mean max_steps?"),
         ({"grid": {"kl_coef": [0.1, "much"]}}, "much"),
         ({"grid": {"kl_coef": []}}, "grid.kl_coef"),
-        ({"grid": {"kl_coef": 0.1}}, "give a list"),
+        ({"grid": {"kl_coef": 0.1}}, "grid.kl_coef is 0.1; a list"),
+        ({"grid": [1, 2]}, "grid is [1, 2]; a mapping"),
+        ({"grid": "x"}, "grid is 'x'; a mapping"),
+        ({"grid": {"kl_coef": [None, 1.0]}}, "kl_coef is null"),
+        ({"grid": {"kl_coef": [float("nan"), 1.0]}}, "grid.kl_coef[0] is nan"),
+        ({"grid": {"kl_coef": [float("inf")]}}, "grid.kl_coef[0] is inf"),
+        ({"settings": {"seconds_per_step": float("nan")}}, "settings.seconds_per_step is nan"),
         ({"grid": {"kl_coef": [0.1, 0.1]}}, "the same"),
         ({"grid": {"seed": [0, 1]}}, "seeds: for seeds"),
         ({"grid": {"response_length": [8, 16]}}, "cannot be varied"),
@@ -41,13 +49,41 @@ def test_settings_stand_over_those_of_the_base_config(write_spec, tmp_path):
         ({"grid": {"kl": [{"kl_estimator": "rb", "kl_placement": "reward"}]}}, "own-token"),
         ({"seeds": [0, 0]}, "stands twice"),
         ({"seeds": []}, "seeds"),
-        ({"seeds": ["one"]}, "whole numbers"),
+        ({"seeds": ["one"]}, "seeds[0] is 'one'; a whole number >= 0"),
+        ({"seeds": [True, False]}, "seeds[0] is True"),
+        ({"seeds": 3}, "seeds is 3; a list"),
+        ({"name": 5}, "name is 5; text"),
+        ({"name": "../outside"}, "it names a folder"),
+        ({"recipe": 5}, "recipe is 5; text"),
+        ({"settings": [1]}, "settings is [1]; a mapping"),
         ({"recipe": "nowhere.py"}, "no such file"),
         ({"recipe": None}, "names no recipe"),
         ({"config": "nowhere.yaml"}, "no such file"),
         ({"evaluation": {"promts": 3}}, "unknown field 'promts'"),
         ({"evaluation": {"checkpoints": True}}, "keep them"),
+        ({"evaluation": [1]}, "evaluation is [1]; a mapping"),
+        ({"evaluation": {"responses_per_prompt": 0}}, "responses_per_prompt is 0"),
+        ({"evaluation": {"responses_per_prompt": 1.5}}, "a whole number >= 1"),
+        ({"evaluation": {"responses_per_prompt": "x"}}, "evaluation.responses_per_prompt is 'x'"),
+        ({"evaluation": {"prompts": 1}}, "evaluation.prompts is 1; a whole number >= 2"),
+        ({"evaluation": {"reference_samples": 1}}, "use 0 for none"),
+        ({"evaluation": {"reference_samples": -5}}, "reference_samples is -5"),
+        ({"evaluation": {"seed": "x"}}, "evaluation.seed is 'x'"),
+        ({"heartbeat": 0}, "heartbeat is 0; a number > 0"),
+        ({"retries": -1}, "retries is -1"),
+        ({"retries": "two"}, "retries is 'two'; a whole number >= 0"),
+        ({"minutes_per_cell": -3}, "minutes_per_cell is -3"),
+        ({"minutes_per_cell": "x"}, "minutes_per_cell is 'x'"),
+        ({"grace": "x"}, "grace is 'x'; a number > 0"),
         ({"grace": 0.1}, "miss a beat"),
+        ({"search": [1]}, "search is [1]; a mapping"),
+        ({"search": {"configurations": True, "kl_coef": {"low": 1, "high": 2}}}, "is True"),
+        ({"search": {"configurations": 4, "kl_coef": {"low": "a", "high": 2}}}, "a number is"),
+        (
+            {"search": {"configurations": 4, "max_steps": {"low": 1.5, "high": 2}}, "grid": {}},
+            "whole where the field is",
+        ),
+        ({"search": {"configurations": 4, "kl_coef": {"low": 1, "high": 2}}}, "grid and in search"),
         ({"search": {"kl_coef": {"low": 1, "high": 2}}}, "configurations"),
         ({"search": {"configurations": 4}}, "range"),
         ({"search": {"configurations": 4, "kl_coef": {"low": 2, "high": 1}}}, "low < high"),
@@ -56,8 +92,24 @@ def test_settings_stand_over_those_of_the_base_config(write_spec, tmp_path):
     ],
 )
 def test_nonsense_is_refused_and_named(write_spec, changes, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message.replace("?", r"\?")):
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
         load_spec(write_spec(**changes))
+
+
+def test_a_search_has_the_type_of_the_recipes_field(write_spec):
+    limits = {"low": "1e-3", "high": 10, "log": True}  # YAML reads 1e-3 as text
+    steps = {"low": 1.0, "high": 4}
+    search = {"configurations": 4, "kl_coef": limits, "max_steps": steps}
+    fields = load_spec(write_spec(search=search, grid={"kl_estimator": ["k1", "rb"]})).search.fields
+    assert fields == {"kl_coef": limits | {"low": 0.001}, "max_steps": {"low": 1, "high": 4}}
+    assert [type(fields["kl_coef"][end]) for end in ("low", "high")] == [float, float]
+    assert [type(fields["max_steps"][end]) for end in ("low", "high")] == [int, int]
+
+
+def test_a_coefficient_that_a_sweep_never_names_is_the_recipes(write_spec):
+    spec = load_spec(write_spec(grid={"kl_estimator": ["k1", "rb"]}))
+    assert spec.configuration(0).settings["kl_coef"] == 0.1
+    assert spec.configuration(0).label == "k1"
 
 
 def test_a_recipe_without_settings_is_refused(write_spec, tmp_path):
@@ -68,7 +120,10 @@ def test_a_recipe_without_settings_is_refused(write_spec, tmp_path):
 
 def test_a_spec_survives_the_storage(write_spec):
     spec = load_spec(
-        write_spec(search={"configurations": 4, "kl_coef": {"low": 0.1, "high": 1.0, "log": True}})
+        write_spec(
+            search={"configurations": 4, "kl_coef": {"low": 0.1, "high": 1.0, "log": True}},
+            grid={"kl_estimator": ["k1", "rb"]},
+        )
     )
     assert SweepSpec.from_json(spec.to_json()) == spec
     assert isinstance(spec.search, SearchSpec)
