@@ -64,9 +64,10 @@ def _read(source: str | Path) -> list[dict[str, Any]]:
     else:
         name, _, split = str(source).partition(":")
         data = load_dataset(name, split=split or "train")
-    if not len(cast(Dataset, data)):
+    rows = cast(list[dict[str, Any]], list(data))
+    if not rows:
         raise ValueError(f"{source} has no rows")
-    return list(cast(Dataset, data))
+    return rows
 
 
 def _pair(row: dict[str, Any], answers: dict[Any, Any]) -> dict[str, str]:
