@@ -37,6 +37,7 @@ from trl import ModelConfig, get_peft_config
 from reward_models import EMBEDDED_JUDGE, RewardModel, SentimentReward
 from rlkl.cli import SettingsParser, refusing_bad_input
 from rlkl.cli.quiet import quiet_libraries
+from rlkl.cli.settings import set_threads
 from rlkl.data import EMBEDDED_EVAL_PROMPTS, EMBEDDED_TRAIN_PROMPTS, load_prompts
 from rlkl.evaluation import BestOfN, Evaluation, best_of_n, evaluate_policy
 from rlkl.models import check_same_tokenizer, frozen_copy, load_causal_lm, load_tokenizer
@@ -110,8 +111,7 @@ def main() -> None:
         )
         task, args, model_args = parser.parse(str(HERE / "sentiment_ppo.yaml"))
         quiet_libraries()
-        if task.threads is not None:
-            torch.set_num_threads(task.threads)
+        set_threads(task.threads)
         tokenizer = load_tokenizer(model_args.model_name_or_path)
         policy = load_causal_lm(
             model_args.model_name_or_path, attn_implementation=model_args.attn_implementation

@@ -4,7 +4,7 @@ import inspect
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from rlkl.kl import head_logits
 from rlkl.kl.chunked import vocabulary_of
@@ -57,7 +57,7 @@ def check_causal_lm(model: nn.Module, name: str) -> None:
         )
 
 
-def _last_read(trunk: nn.Module, ids: Tensor) -> Tensor:
+def _last_read(trunk: PreTrainedModel, ids: Tensor) -> Tensor:
     """The last hidden state as the sampler reads it: padding, all but the last token, the last."""
     padded = torch.cat([ids[:, :1], ids], 1)
     mask = torch.ones_like(padded)

@@ -160,6 +160,7 @@ def test_completions_are_replayed(monkeypatch, tmp_path, capsys, models):
     ],
 )
 def test_nonsense_is_one_line_and_exit_code_2(monkeypatch, capsys, models, words, complaint):
+    capsys.readouterr()  # saving the models said something
     assert run(monkeypatch, *models, *words) == 2
     out, err = capsys.readouterr()
     assert out == ""
