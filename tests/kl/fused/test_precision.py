@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlkl.kl import LowRank, ModuleHead, OutputHead, fused_token_loss, fused_token_stats
+from rlkl.kl import LowRank, ModuleHead, OutputHead, TokenStats, fused_token_loss, fused_token_stats
 from rlkl.kl.fused.precision import gemm_precision
 from tests.kl.fused.cases import Case, assert_close, gradients, make, naive, shifted
 
@@ -44,6 +44,18 @@ def head_of(kind: str, case: Case) -> OutputHead | ModuleHead:
     return OutputHead(case.policy_head, case.policy_bias, adapters=adapters)
 
 
+def statistics_of(policy: Case, kind: str, case: Case, *, whole_rows: bool) -> TokenStats:
+    """Those of the policy's hidden states under a head of this kind."""
+    return fused_token_stats(
+        policy.policy_hidden,
+        head_of(kind, case),
+        case.ref_hidden,
+        OutputHead(case.ref_head, case.ref_bias),
+        case.tokens,
+        whole_rows=whole_rows,
+    )
+
+
 class Precisions(TorchDispatchMode):
     """Notes the precision of the process at every matrix product, by the operation's name."""
 
@@ -73,14 +85,7 @@ def test_torch_own_setting_does_not_round_the_kernels_products(torch_precision, 
     (expected_gradient,) = gradients(expected.kl.sum(), leaves[:1])
     policy, leaves = case.leaves()
     with Precisions() as products:
-        stats = fused_token_stats(
-            policy.policy_hidden,
-            head_of(kind, case),
-            case.ref_hidden,
-            OutputHead(case.ref_head, case.ref_bias),
-            case.tokens,
-            whole_rows=whole_rows,
-        )
+        stats = statistics_of(policy, kind, case, whole_rows=whole_rows)
         (gradient,) = gradients(stats.kl.sum(), leaves[:1])
     assert {x for name in ("mm", "addmm") for x in products.seen[name]} == {(False, False)}
     torch.testing.assert_close(stats.kl.double(), expected.kl, rtol=1e-2, atol=0)
@@ -176,14 +181,7 @@ def test_autocast_rounds_neither_logits_nor_gradients(kind, whole_rows):
 
     def measured() -> list[torch.Tensor]:
         policy, leaves = case.leaves()
-        stats = fused_token_stats(
-            policy.policy_hidden,
-            head_of(kind, case),
-            case.ref_hidden,
-            OutputHead(case.ref_head, case.ref_bias),
-            case.tokens,
-            whole_rows=whole_rows,
-        )
+        stats = statistics_of(policy, kind, case, whole_rows=whole_rows)
         return [*stats, *gradients(stats.kl.sum(), leaves[:1])]
 
     expected = measured()
