@@ -54,16 +54,23 @@ _L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = (
 )
 # Sums may be taken in any order, which lets them be taken eight at a time.
 _ANY_ORDER = {"reassoc", "contract", "nsz"}
+_F32, _ARRAY = types.float32, types.float32[::1]
 
 
-def _compile(**options: Any) -> Callable[[Any], Any]:
-    """Numba's decorator; what it compiles is kept for later processes where there is room."""
+def _compile(signature: Any = None, **options: Any) -> Callable[[Any], Any]:
+    """Numba's decorator; what it compiles is kept for later processes where there is room.
+
+    A function whose sums others call has its signature: it is then compiled or loaded before them.
+    LLVM optimises the copy in a caller once more, to another order of the sum, and of two functions
+    of one name the process runs the first it meets; without, that was the function itself where it
+    had just been compiled, and the caller's copy in every later process.
+    """
 
     def decorate(function: Any) -> Any:
         try:
-            return njit(cache=True, nogil=True, **options)(function)
+            return njit(signature, cache=True, nogil=True, **options)(function)
         except RuntimeError:  # neither this folder nor the user's may be written
-            return njit(nogil=True, **options)(function)
+            return njit(signature, nogil=True, **options)(function)
 
     return decorate
 
@@ -171,7 +178,7 @@ def _log(x):
     return (f + tail) + n * _LOG2_HIGH
 
 
-@_compile()
+@_compile(_F32(_ARRAY))
 def _maximum(a):
     _whole_vectors()
     key = _LOWEST_KEY
@@ -180,7 +187,7 @@ def _maximum(a):
     return _of_key(key)
 
 
-@_compile(fastmath=_ANY_ORDER)
+@_compile(types.UniTuple(_F32, 2)(_ARRAY, _F32), fastmath=_ANY_ORDER)
 def _policy_sums(a, peak):
     """Logits a to p; Σ p and Σ p (a − peak)."""
     _whole_vectors()
@@ -194,7 +201,7 @@ def _policy_sums(a, peak):
     return p_sum, a_sum
 
 
-@_compile()
+@_compile(types.none(_ARRAY, _ARRAY))
 def _subtract(b, a):
     """Differences b − a to b; 0 where both are −∞."""
     _whole_vectors()
@@ -202,7 +209,7 @@ def _subtract(b, a):
         b[i] = _ZERO if b[i] == a[i] else b[i] - a[i]
 
 
-@_compile(fastmath=_ANY_ORDER)
+@_compile(_F32(_ARRAY, _ARRAY), fastmath=_ANY_ORDER)
 def _dot(p, t):
     _whole_vectors()
     total = _ZERO
@@ -211,7 +218,7 @@ def _dot(p, t):
     return total
 
 
-@_compile(fastmath=_ANY_ORDER)
+@_compile(types.UniTuple(_F32, 3)(_ARRAY, _ARRAY, _F32), fastmath=_ANY_ORDER)
 def _phi_sums(p, t, mean):
     """Differences b − a to t, less its mean; Σ p φ(t), Σ p t and max t."""
     _whole_vectors()
@@ -225,7 +232,7 @@ def _phi_sums(p, t, mean):
     return phi_sum, t_sum, _of_key(key)
 
 
-@_compile(fastmath=_ANY_ORDER)
+@_compile(_F32(_ARRAY, _ARRAY, _F32), fastmath=_ANY_ORDER)
 def _centre(p, t, mean):
     """Differences b − a to t, less its mean; Σ p t."""
     _whole_vectors()

@@ -2,6 +2,9 @@
 
 import importlib.util
 import math
+import os
+import subprocess
+import sys
 
 import mpmath
 import numpy as np
@@ -181,7 +184,7 @@ def test_numba_is_used_in_float32_on_a_cpu_where_it_is_installed(monkeypatch):
 def test_where_compiled_code_cannot_be_kept_it_is_compiled_all_the_same(monkeypatch):
     asked = []
 
-    def nowhere_to_keep(**options):
+    def nowhere_to_keep(signature, **options):
         asked.append(options)
         if "cache" in options:
             raise RuntimeError("cannot cache function: no locator available")
@@ -190,6 +193,39 @@ def test_where_compiled_code_cannot_be_kept_it_is_compiled_all_the_same(monkeypa
     monkeypatch.setattr(numba_rows, "njit", nowhere_to_keep)
     assert numba_rows._compile()(len) is len
     assert [("cache" in options) for options in asked] == [True, False]
+
+
+SUMS_AND_GRADIENTS = """
+import hashlib, torch
+from rlkl.kl.fused import numba_rows
+
+generator = torch.Generator().manual_seed(0)
+policy, ref = torch.randn(2, 16, 9001, generator=generator)
+columns = torch.randn(3, 16, 1, generator=generator)
+names = "peak", "p_sum", "a_sum", "t_mean", "t_max", "t_sum", "phi_sum"
+found = []
+for b, with_phi in (None, True), (ref, True), (ref, False):
+    p, t, rows = policy.clone(), b if b is None else b.clone(), torch.zeros(7, 16, 1)
+    numba_rows.read_rows(p, t, dict(zip(names, rows)), with_phi=with_phi)
+    found += [p, rows]
+    for log in None, columns[2]:
+        gradient = p.clone()
+        factors = columns[0], None if t is None else columns[1], log, columns[0]
+        numba_rows.gradient_rows(gradient, t, None, torch.arange(16)[:, None], *factors)
+        found.append(gradient)
+print([hashlib.sha256(x.numpy().tobytes()).hexdigest() for x in found])
+"""
+
+
+def test_the_process_that_compiles_computes_what_later_ones_do(tmp_path):
+    def run() -> str:
+        command = [sys.executable, "-c", SUMS_AND_GRADIENTS]
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+        return subprocess.run(command, env=environment, capture_output=True, check=True).stdout
+
+    compiled = run()
+    assert list(tmp_path.rglob("*_read*.nbc")), "nothing was kept for the second process"
+    assert run() == compiled
 
 
 def test_each_thread_reads_its_share_of_the_rows(threads, monkeypatch):
