@@ -11,8 +11,12 @@ ROOT = Path(__file__).parents[2]
 ORDER = ["kl", "rl", "models", "data", "rollout", "trainers", "evaluation", "sweep", "cli"]
 MODULES = sorted((ROOT / "rlkl").rglob("*.py"))
 MATHEMATICS = {"torch", "jaxtyping"} | sys.stdlib_module_names
-# Compilers of the fused passes: imported where they are found, and only by their own module.
-COMPILED = {"triton_rows.py": {"triton"}, "numba_rows.py": {"llvmlite", "numba", "numpy"}}
+# What makes the fused functions faster: imported where it is found, and only by its own module.
+FASTER = {
+    "triton_rows.py": {"triton"},
+    "numba_rows.py": {"llvmlite", "numba", "numpy"},
+    "openblas.py": {"llvmlite", "numba", "scipy", "threadpoolctl"},
+}
 MAX_LINES = 500
 LONGER: set[str] = set()
 
@@ -62,10 +66,10 @@ def test_imports_only_go_down_the_list(path):
 
 @pytest.mark.parametrize("package", ["kl", "rl"])
 def test_the_mathematics_needs_torch_and_jaxtyping_only(package):
-    """Triton and Numba are looked for when the passes are made, and missed without harm."""
+    """What else is used is looked for when it is needed, and missed without harm."""
     names: set[str] = set()
     for path in (ROOT / "rlkl" / package).rglob("*.py"):
-        allowed = MATHEMATICS | {"rlkl"} | COMPILED.get(path.name, set())
+        allowed = MATHEMATICS | {"rlkl"} | FASTER.get(path.name, set())
         assert not {n for n in imports_of(path) if n.split(".")[0] not in allowed}, path
         names |= imports_of(path)
     assert rooms(names) <= {"kl", "rl"}

@@ -22,8 +22,8 @@ Statistics without gradient need no whole rows: `tiles` sums them over parts of 
 
 `functions` is the public part, `problem` checks, `heads` multiplies, `engine` sweeps over chunks,
 `buffers` holds their logits, `generators` has the other divergences, `workers` the threads,
-`precision` what products may round. The
-passes over rows are written three times, as the same two functions: `numba_rows` (float32 on a
+`precision` what products may round, `openblas` the products of one thread where torch's are slow.
+The passes over rows are written three times, as the same two functions: `numba_rows` (float32 on a
 CPU), `triton_rows` (GPU) and `torch_rows` (float64, and where a compiler is missing).
 """
 

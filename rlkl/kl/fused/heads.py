@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rlkl.kl.fused.openblas import addmm
 from rlkl.kl.fused.precision import gemm_precision
 from rlkl.kl.fused.workers import Workers
 
@@ -190,9 +191,9 @@ class LinearProduct(Product):
             yield part, weight[part].to(self.dtype)
 
     def _multiply(self, rows: slice | Tensor, out: Tensor, columns: slice) -> None:
-        hidden = self.scaled_hidden(rows)
+        hidden, rounded = self.scaled_hidden(rows), self.gemm_dtype is not None
         for part, weight in self.weight_slices(columns):
-            torch.mm(hidden, weight.t(), out=out[:, part])
+            addmm(out[:, part], hidden, weight.t(), beta=0, rounded=rounded)
         for a, b, scale in self.adapters:
             out.addmm_(hidden @ a.t(), b[columns].t(), alpha=scale)
         if self.bias is not None:
@@ -220,7 +221,7 @@ class _LinearGradients(Gradients):
         if hidden_parts is not None and workers.parts > 1:
             hidden_parts = hidden.new_zeros(workers.parts, *hidden.shape)
 
-        pieces = workers.pieces(vocab)
+        pieces, rounded = workers.pieces(vocab), product.gradient_gemm_dtype is not None
 
         def share(worker: int) -> None:
             if (
@@ -228,11 +229,13 @@ class _LinearGradients(Gradients):
             ):  # a sum over the vocabulary: in one order, hence fixed parts
                 part = workers.share(worker, vocab) if workers.parts > 1 else slice(0, vocab)
                 grad_part = grad[:, part]
+                target = hidden_parts[worker]
                 for columns, weight in product.weight_slices(part):
-                    hidden_parts[worker].addmm_(grad_part[:, columns], weight, alpha=product.scale)
+                    grad_slice = grad_part[:, columns]
+                    addmm(target, grad_slice, weight, alpha=product.scale, rounded=rounded)
             for part in pieces:
                 if weight_sum is not None:
-                    weight_sum[part].addmm_(grad[:, part].t(), hidden)
+                    addmm(weight_sum[part], grad[:, part].t(), hidden, rounded=rounded)
                 if bias_sum is not None:
                     bias_sum[part].add_(grad[:, part].sum(0), alpha=product.scale)
 

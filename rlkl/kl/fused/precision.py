@@ -1,10 +1,13 @@
-"""The precision of float32 products, which torch keeps for the whole process."""
+"""What float32 products depend on for the whole process: their precision, OpenBLAS's threads."""
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+from rlkl.kl.fused import openblas
 
 _CPU = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue] (dynamic)
 _GPU = torch.backends.cuda.matmul
@@ -18,6 +21,7 @@ class _Sections:
         self.turn, self.left = threading.Lock(), threading.Condition()
         self.inside = 0
         self.cpu = self.cpu_before = self.gpu_before = ""
+        self.limit: Any = None
 
     def enter(self, cpu: str) -> None:
         """Wait until nobody works in another precision than this, and set it."""
@@ -25,6 +29,8 @@ class _Sections:
             self.left.wait_for(lambda: self.inside == 0 or self.cpu == cpu)
             if self.inside == 0:
                 self.cpu, self.cpu_before, self.gpu_before = cpu, _set(_CPU, cpu), _set(_GPU)
+                if (blas := openblas.openblas()) is not None:
+                    self.limit = blas.threads.limit(limits=1)
             self.inside += 1
 
     def leave(self) -> None:
@@ -34,6 +40,8 @@ class _Sections:
             if self.inside == 0:
                 _restore(_CPU, self.cpu_before)
                 _restore(_GPU, self.gpu_before)
+                if self.limit is not None:
+                    self.limit.restore_original_limits()
                 self.left.notify()
 
 
@@ -47,6 +55,8 @@ def gemm_precision(dtype: torch.dtype | None) -> Iterator[None]:
     Whatever `torch.set_float32_matmul_precision` says; sums and output stay float32. (torch.mm of
     bfloat16 tensors would round its output as well, which drowns a small KL.) CPUs without bfloat16
     arithmetic ignore the setting.
+
+    OpenBLAS, where it multiplies, has one thread meanwhile: the one that calls it.
 
     It is the process's: set around what a call's threads do together, never in one of them, and
     never in two ways at once: a thread that wants the other precision waits. Products outside,

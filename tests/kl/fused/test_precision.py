@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlkl.kl import LowRank, ModuleHead, OutputHead, TokenStats, fused_token_loss, fused_token_stats
+from rlkl.kl.fused import openblas
 from rlkl.kl.fused.precision import gemm_precision
 from tests.kl.fused.cases import Case, assert_close, gradients, make, naive, shifted
 
@@ -67,6 +68,12 @@ class Precisions(TorchDispatchMode):
         rounded = CPU.fp32_precision == "bf16", GPU.fp32_precision == "tf32"
         self.seen[func.overloadpacket.__name__].add(rounded)
         return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every CPU: of OpenBLAS's products there is nothing to note."""
+    monkeypatch.setattr(openblas, "openblas", lambda: None)
 
 
 @pytest.fixture(params=["highest", "high", "medium"])
