@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from reward_models import RewardModel
 from rlkl.evaluation.eval_mode import eval_mode
 from rlkl.kl import mean_and_stderr
+from rlkl.models import check_reference
 from rlkl.rollout import (
     Rollout,
     collect_rollout,
@@ -65,7 +66,11 @@ def evaluate_policy(
         seed: of the draws.
         batch_size: responses per pass.
         on_batch: called with the number of responses sampled in each batch.
+
+    Raises:
+        ValueError: a reference that is not what it looks like; see `check_reference`.
     """
+    check_reference(policy, ref_model)
     with eval_mode(policy, ref_model):
         responses = sample_responses(
             policy,

@@ -11,7 +11,12 @@ from rlkl.models.language_model import (
 )
 from rlkl.models.output_head import at_least_float32, output_head
 from rlkl.models.pair import ModelPair, Side, load_pair
-from rlkl.models.reference import frozen_copy, reference_model
+from rlkl.models.reference import (
+    check_apart,
+    check_reference,
+    frozen_copy,
+    reference_model,
+)
 from rlkl.models.tokenizers import check_same_tokenizer, load_tokenizer
 
 __all__ = [
@@ -20,7 +25,9 @@ __all__ = [
     "ModelPair",
     "Side",
     "at_least_float32",
+    "check_apart",
     "check_causal_lm",
+    "check_reference",
     "check_same_tokenizer",
     "frozen_copy",
     "hidden_size",

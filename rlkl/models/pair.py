@@ -22,6 +22,7 @@ from rlkl.kl.chunked import vocabulary_of
 from rlkl.models.checks import check_causal_lm
 from rlkl.models.language_model import EMBEDDED_LM, load_causal_lm, model_source
 from rlkl.models.output_head import output_head
+from rlkl.models.reference import check_reference
 from rlkl.models.tokenizers import check_same_tokenizer, load_tokenizer
 
 
@@ -67,10 +68,9 @@ class ModelPair:
         """The pair of two modules in memory; `ref_model` None is the policy with its adapter off.
 
         Raises:
-            ValueError: no reference, and a policy that has no adapter to switch off.
+            ValueError: see `check_reference`.
         """
-        if ref_model is None and not isinstance(policy, PeftModel):
-            raise ValueError("a policy without adapter needs a ref_model: frozen_copy(policy)")
+        check_reference(policy, ref_model)
         ref = Side(policy) if ref_model is None else Side(ref_model, _active_adapter(ref_model))
         return cls(Side(policy, _active_adapter(policy)), ref, tokenizer)
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 
@@ -24,6 +25,47 @@ def reference_model(policy: nn.Module, ref_model: nn.Module | None) -> Iterator[
             yield policy
     else:
         raise ValueError("a policy without adapter needs a ref_model: frozen_copy(policy)")
+
+
+def check_reference(policy: nn.Module, ref_model: nn.Module | None) -> None:
+    """Refuses a reference that is not the model it looks like, before anything is measured.
+
+    `get_peft_model` puts the adapter into the base model itself: that base as `ref_model` is the
+    policy again, and every KL 0.
+
+    Raises:
+        ValueError: no `ref_model` and no adapter to switch off, or one with the policy's adapter in
+            it. (The policy itself is allowed: its KL from itself is 0.)
+    """
+    if ref_model is None and not isinstance(policy, PeftModel):
+        raise ValueError("a policy without adapter needs a ref_model: frozen_copy(policy)")
+    if ref_model is not None and ref_model is not policy and _share_adapter(policy, ref_model):
+        raise ValueError(
+            "ref_model and the policy have the same adapter layers, so that they are one model and "
+            "their KL is 0: pass None, which is the policy with its adapter off, or load the "
+            "reference a second time"
+        )
+
+
+def check_apart(model: nn.Module, fixed: nn.Module, name: str, remedy: str) -> None:
+    """Refuses a reference or teacher, `name`, that would move while `model` is trained.
+
+    Frozen weights may be shared.
+
+    Raises:
+        ValueError: they share weights that are trained, or an adapter; it ends in `remedy`.
+    """
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    if any(id(p) in trained for p in fixed.parameters()) or _share_adapter(model, fixed):
+        raise ValueError(
+            f"model and {name} share the weights that are trained, and {name} must stay as it is: "
+            f"{remedy}"
+        )
+
+
+def _share_adapter(first: nn.Module, second: nn.Module) -> bool:
+    layers = {id(module) for module in first.modules() if isinstance(module, BaseTunerLayer)}
+    return any(id(module) in layers for module in second.modules())
 
 
 def frozen_copy(policy: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from rlkl.kl import TokenStats, fused_logp_loss, fused_token_loss, future_kl
 from rlkl.kl.chunked import vocabulary_of
-from rlkl.models import check_causal_lm, output_head, response_hidden
+from rlkl.models import check_apart, check_causal_lm, output_head, response_hidden
 from rlkl.models.language_model import check_positions
 from rlkl.rl import leave_one_out_mean
 from rlkl.rollout import Responses, sample_responses
@@ -98,7 +98,7 @@ class DistillTrainer(TextTrainer):
             check_causal_lm(each, name)
         self.divergence = args.divergence()
         self.vocab_size = shared_vocabulary(model, teacher_model, processing_class)
-        check_apart(model, teacher_model)
+        check_apart(model, teacher_model, "teacher_model", "load it a second time")
         for each in (model, teacher_model):
             check_positions(each, (args.max_prompt_length or 1) + args.response_length - 1)
         check_texts(
@@ -353,20 +353,6 @@ class DistillTrainer(TextTrainer):
             self.args,
             given=True,
             sampled=self.args.eval_on_policy,
-        )
-
-
-def check_apart(student: nn.Module, teacher: nn.Module) -> None:
-    """Refuses a teacher that would move with its student.
-
-    Raises:
-        ValueError: they share weights that are trained.
-    """
-    trained = {id(p) for p in student.parameters() if p.requires_grad}
-    if any(id(p) in trained for p in teacher.parameters()):
-        raise ValueError(
-            "model and teacher_model share the weights that are trained: the teacher must stay as "
-            "it is, load it a second time"
         )
 
 

@@ -36,7 +36,14 @@ from rlkl.kl import (
     sequence_kl,
 )
 from rlkl.kl.chunked import vocabulary_of
-from rlkl.models import Critic, check_causal_lm, frozen_copy, hidden_size, output_head
+from rlkl.models import (
+    Critic,
+    check_apart,
+    check_causal_lm,
+    frozen_copy,
+    hidden_size,
+    output_head,
+)
 from rlkl.rl import (
     clipped_value_loss,
     gae,
@@ -101,8 +108,8 @@ class PPOTrainer(TextTrainer):
     Raises:
         ValueError: an estimator in a placement where its gradient is not that of the sequence KL
             (unless ``allow_biased_kl``), fewer prompts than a step needs, an empty prompt, a model
-            that cannot be sampled and measured here (see `check_causal_lm`), the policy itself as
-            reference.
+            that cannot be sampled and measured here (see `check_causal_lm`), a reference that
+            shares weights that are trained.
     """
 
     default_estimator: ClassVar[str] = "k1"
@@ -140,12 +147,14 @@ class PPOTrainer(TextTrainer):
             model = get_peft_model(model, peft_config)  # pyright: ignore[reportArgumentType]
         model.eval()  # as in every step
         check_causal_lm(model, "model")
-        if ref_model is model:
-            raise ValueError(
-                "ref_model is the policy itself, from which its KL is always 0: leave it out, "
-                "which takes a frozen copy, or pass frozen_copy(model)"
-            )
         if ref_model is not None:
+            check_apart(
+                model,
+                ref_model,
+                "ref_model",
+                "leave it out, which takes the model as it is now (with an adapter: without it), "
+                "or load it a second time",
+            )
             check_causal_lm(ref_model.eval(), "ref_model")
             rows = [vocabulary_of(output_head(each)) for each in (model, ref_model)]
             if rows[0] != rows[1]:

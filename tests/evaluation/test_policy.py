@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
+import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from rlkl.evaluation import evaluate_policy
 
@@ -17,3 +19,12 @@ def test_a_reference_in_train_mode_is_measured_without_dropout(make_lm, tokenize
     assert metrics["kl/rb"] == 0
     assert ref.training
     assert not policy.training
+
+
+def test_the_base_with_the_adapter_in_it_is_refused_as_reference(make_lm, tokenizer):
+    """Its KL would be 0, whatever the adapter does."""
+    base = make_lm()
+    lora = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    policy = get_peft_model(base, lora)
+    with pytest.raises(ValueError, match="same adapter layers"):
+        evaluate_policy(policy, base, tokenizer, ["the film"], no_reward, 4)

@@ -4,7 +4,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from rlkl.models import check_same_tokenizer, frozen_copy, load_tokenizer, reference_model
+from rlkl.models import (
+    ModelPair,
+    check_reference,
+    check_same_tokenizer,
+    frozen_copy,
+    load_tokenizer,
+    reference_model,
+)
 
 IDS = torch.tensor([[3, 4, 5, 6]])
 
@@ -54,6 +61,20 @@ def test_a_given_reference_goes_before_the_adapter(adapted, make_lm):
 def test_a_policy_without_adapter_needs_a_reference(lm):
     with pytest.raises(ValueError, match=r"needs a ref_model: frozen_copy\(policy\)"):
         reference_model(lm, None).__enter__()
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_the_base_with_the_adapter_in_it_is_no_reference(adapted, tokenizer, swapped):
+    """A trained adapter is frozen when it is loaded: what is shared need not be trainable."""
+    adapted.requires_grad_(False)
+    pair = (adapted, adapted.get_base_model())
+    with pytest.raises(ValueError, match="pass None, which is the policy with its adapter off"):
+        ModelPair.of(*(pair[::-1] if swapped else pair), tokenizer)
+
+
+def test_the_policy_itself_none_and_another_model_are_references(adapted, make_lm):
+    for ref_model in (adapted, None, make_lm()):
+        check_reference(adapted, ref_model)
 
 
 @torch.no_grad()

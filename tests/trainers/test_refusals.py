@@ -97,10 +97,31 @@ def test_settings_that_cannot_work_are_refused_in_one_line(make_trainer, changes
     assert "\n" not in str(error.value)
 
 
-def test_the_policy_is_no_reference_to_itself(make_trainer, make_lm):
-    model = make_lm()
-    with pytest.raises(ValueError, match="ref_model is the policy itself"):
-        make_trainer(model=model, ref_model=model)
+@pytest.mark.parametrize(
+    "reference", ["the policy", "its modules", "the base that gets the adapter", "the adapted base"]
+)
+def test_a_reference_that_moves_with_the_policy_is_refused(make_trainer, make_lm, lora, reference):
+    """It would give KL 0 at every step, however far the policy goes."""
+    base = make_lm()
+    model, ref_model, own = base, base, {}
+    if reference == "its modules":
+        ref_model = make_lm(seed=1)
+        ref_model.transformer, ref_model.lm_head = base.transformer, base.lm_head
+    elif reference == "the base that gets the adapter":
+        own = {"peft_config": lora}
+    elif reference != "the policy":
+        model = get_peft_model(base, lora)
+    with pytest.raises(ValueError, match=r"ref_model share the weights .* leave it out"):
+        make_trainer(model=model, ref_model=ref_model, **own)
+
+
+def test_a_reference_may_share_what_is_frozen(make_trainer, make_lm, steps):
+    model, ref_model = make_lm(), make_lm()
+    model.transformer.wpe.requires_grad_(False)
+    ref_model.transformer.wpe = model.transformer.wpe
+    trainer = make_trainer(model=model, ref_model=ref_model, learning_rate=1e-2)
+    trainer.train()
+    assert steps(trainer)[1]["kl/rb"] > 0
 
 
 def test_a_reference_of_another_vocabulary_is_refused(make_trainer, make_lm):
