@@ -22,7 +22,7 @@ from rlkl.kl.chunked import vocabulary_of
 from rlkl.models.checks import check_causal_lm
 from rlkl.models.language_model import EMBEDDED_LM, load_causal_lm, model_source
 from rlkl.models.output_head import output_head
-from rlkl.models.reference import check_reference
+from rlkl.models.reference import check_reference, trains_base
 from rlkl.models.tokenizers import check_same_tokenizer, load_tokenizer
 
 
@@ -103,6 +103,8 @@ class _Source:
     name: str
     base: str
     adapter: str | None
+    shared: bool = True
+    """Whether the base in memory stays the base, so that the other side may use it too."""
 
     @classmethod
     def of(cls, name: str | os.PathLike[str]) -> "_Source":
@@ -110,16 +112,22 @@ class _Source:
         config_file = find_adapter_config_file(source)
         if config_file is None:
             return cls(str(name), _canonical(source), None)
-        base = PeftConfig.from_pretrained(str(Path(config_file).parent)).base_model_name_or_path
+        config = PeftConfig.from_pretrained(str(Path(config_file).parent))
+        base = config.base_model_name_or_path
         if not base:
             raise ValueError(f"the adapter {name} does not name its base model")
         try:
-            return cls(str(name), _canonical(model_source(base)), source)
+            return cls(str(name), _canonical(model_source(base)), source, not trains_base(config))
         except ValueError as error:
             raise ValueError(
                 f"the base model of the adapter {name} is not there: {base}; correct "
                 f"base_model_name_or_path in {config_file}"
             ) from error
+
+    @property
+    def memory(self) -> tuple[str, str | None]:
+        """Which module in memory holds it: that of its base, or one of its own."""
+        return self.base, None if self.shared else self.adapter
 
     @property
     def tokenizer(self) -> str:
@@ -164,26 +172,26 @@ def load_pair(
     tokenizer = load_tokenizer(sources[0].tokenizer)
     check_same_tokenizer(tokenizer, load_tokenizer(sources[1].tokenizer))
     bases = {
-        source.base: load_causal_lm(source.base, dtype=dtype, device=device).eval()
+        source.memory: load_causal_lm(source.base, dtype=dtype, device=device).eval()
         for source in sources
     }
     notes = _cut_padding(list(bases.values()), tokenizer)
-    notes += _filter_notes({s.name: bases[s.base] for s in sources})
-    adapted: dict[str, PeftModel] = {}
+    notes += _filter_notes({s.name: bases[s.memory] for s in sources})
+    adapted: dict[tuple[str, str | None], PeftModel] = {}
     names: dict[str, str] = {}
     for source, label in zip(sources, ("policy", "ref"), strict=True):
         if source.adapter is None or source.adapter in names:
             continue
         names[source.adapter] = label
-        if source.base in adapted:
-            adapted[source.base].load_adapter(source.adapter, adapter_name=label)
+        if source.memory in adapted:
+            adapted[source.memory].load_adapter(source.adapter, adapter_name=label)
         else:
-            adapted[source.base] = PeftModel.from_pretrained(
-                bases[source.base], source.adapter, adapter_name=label
+            adapted[source.memory] = PeftModel.from_pretrained(
+                bases[source.memory], source.adapter, adapter_name=label
             )
     sides = []
     for source in sources:
-        model = adapted.get(source.base, bases[source.base]).eval()
+        model = adapted.get(source.memory, bases[source.memory]).eval()
         adapter = None if source.adapter is None else names[source.adapter]
         sides.append(Side(model, adapter))
     pair = ModelPair(sides[0], sides[1], tokenizer, tuple(notes))

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -34,8 +34,9 @@ def check_reference(policy: nn.Module, ref_model: nn.Module | None) -> None:
     policy again, and every KL 0.
 
     Raises:
-        ValueError: no `ref_model` and no adapter to switch off, or one with the policy's adapter in
-            it. (The policy itself is allowed: its KL from itself is 0.)
+        ValueError: no `ref_model` and no adapter to switch off, or one whose base is trained too;
+            a `ref_model` with the policy's adapter in it. (The policy itself is allowed: its KL
+            from itself is 0.)
     """
     if ref_model is None and not isinstance(policy, PeftModel):
         raise ValueError("a policy without adapter needs a ref_model: frozen_copy(policy)")
@@ -45,6 +46,20 @@ def check_reference(policy: nn.Module, ref_model: nn.Module | None) -> None:
             "their KL is 0: pass None, which is the policy with its adapter off, or load the "
             "reference a second time"
         )
+    if ref_model is None and any(map(trains_base, policy.peft_config.values())):
+        raise ValueError(
+            "the policy's adapter trains biases of the base model itself (its config says "
+            "bias='all' or 'lora_only'): they stay on when it is off, which is then not the "
+            "reference: use bias='none', or pass a ref_model that is loaded a second time"
+        )
+
+
+def trains_base(adapter: PeftConfig) -> bool:
+    """Whether switching the adapter off leaves something of it on: trained biases of its base.
+
+    Everything else that PEFT trains (layers in modules_to_save, single tokens) goes off with it.
+    """
+    return getattr(adapter, "bias", "none") != "none"
 
 
 def check_apart(model: nn.Module, fixed: nn.Module, name: str, remedy: str) -> None:

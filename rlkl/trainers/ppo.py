@@ -40,6 +40,7 @@ from rlkl.models import (
     Critic,
     check_apart,
     check_causal_lm,
+    check_reference,
     frozen_copy,
     hidden_size,
     output_head,
@@ -109,7 +110,7 @@ class PPOTrainer(TextTrainer):
         ValueError: an estimator in a placement where its gradient is not that of the sequence KL
             (unless ``allow_biased_kl``), fewer prompts than a step needs, an empty prompt, a model
             that cannot be sampled and measured here (see `check_causal_lm`), a reference that
-            shares weights that are trained.
+            would move with the policy (shared weights that are trained, trained biases).
     """
 
     default_estimator: ClassVar[str] = "k1"
@@ -164,7 +165,8 @@ class PPOTrainer(TextTrainer):
                 )
         if ref_model is None and not isinstance(model, PeftModel):
             ref_model = frozen_copy(model)
-        elif ref_model is None and isinstance(output_head(model), ModuleHead):
+        check_reference(model, ref_model)
+        if ref_model is None and isinstance(output_head(model), ModuleHead):
             raise ValueError(
                 "this head's logits depend on whether the adapter is on, so that policy and "
                 "reference cannot be in use at once: pass ref_model, a copy of the base model"

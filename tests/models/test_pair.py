@@ -28,18 +28,20 @@ def save(tmp_path, tokenizer):
     return to_folder
 
 
-def adapter(folder, make_lm, base: str, name: str, seed: int) -> str:
+def adapter(folder, make_lm, base: str, name: str, seed: int, **config) -> str:
     """Folder of a LoRA adapter with random weights on a base that is in a folder."""
     model = make_lm()
     model.name_or_path = base
     adapted = get_peft_model(
         model,
-        LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM"),
+        LoraConfig(
+            r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM", **config
+        ),
     )
     adapted.peft_config["default"].base_model_name_or_path = base
     generator = torch.Generator().manual_seed(seed)
     for key, parameter in adapted.named_parameters():
-        if "lora_B" in key:
+        if "lora_B" in key or (parameter.requires_grad and "bias" in key):
             torch.nn.init.normal_(parameter, generator=generator)
     adapted.save_pretrained(folder / name, save_embedding_layers=False)
     return str(folder / name)
@@ -70,6 +72,19 @@ def test_two_adapters_on_one_base_share_it_too(save, make_lm, tmp_path):
     for side, folder in ((pair.policy, first), (pair.ref, second)):
         alone = PeftModel.from_pretrained(make_lm(), folder).eval()
         torch.testing.assert_close(logits(side), alone(torch.tensor([[0, 3, 5]])).logits)
+
+
+def test_adapters_with_biases_of_their_base_have_a_base_each(save, make_lm, tmp_path):
+    base = save(make_lm(), "base")
+    first = adapter(tmp_path, make_lm, base, "first", 1, bias="all")
+    second = adapter(tmp_path, make_lm, base, "second", 2, bias="lora_only")
+    for ref in (base, second):
+        pair = load_pair(first, ref)
+        for side, folder in ((pair.policy, first), (pair.ref, ref)):
+            alone = make_lm()
+            if folder != base:
+                alone = PeftModel.from_pretrained(alone, folder).eval()
+            torch.testing.assert_close(logits(side), alone(torch.tensor([[0, 3, 5]])).logits)
 
 
 def test_a_model_beside_itself_is_loaded_once(save, make_lm):

@@ -72,6 +72,28 @@ def test_the_base_with_the_adapter_in_it_is_no_reference(adapted, tokenizer, swa
         ModelPair.of(*(pair[::-1] if swapped else pair), tokenizer)
 
 
+def test_biases_of_the_base_that_an_adapter_has_trained_stay_on_when_it_is_off(lm, make_lm):
+    lora = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, bias="all")
+    policy = get_peft_model(lm, lora)
+    with pytest.raises(ValueError, match="stay on when it is off"):
+        check_reference(policy, None)
+    check_reference(policy, make_lm())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("saved", ["lm_head", "wte", "ln_f"])
+def test_layers_that_are_trained_whole_go_off_with_their_adapter(make_lm, saved):
+    base = make_lm(tie_word_embeddings=False)
+    before = base(IDS).logits
+    lora = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, modules_to_save=[saved])
+    policy = get_peft_model(base, lora).eval()
+    for parameter in policy.parameters():
+        parameter.add_(float(parameter.requires_grad))
+    assert (policy(IDS).logits - before).abs().max() > 0.1
+    with reference_model(policy, None) as ref:
+        assert torch.equal(ref(IDS).logits, before)
+
+
 def test_the_policy_itself_none_and_another_model_are_references(adapted, make_lm):
     for ref_model in (adapted, None, make_lm()):
         check_reference(adapted, ref_model)

@@ -115,6 +115,17 @@ def test_a_reference_that_moves_with_the_policy_is_refused(make_trainer, make_lm
         make_trainer(model=model, ref_model=ref_model, **own)
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_an_adapter_that_trains_its_bases_biases_needs_a_reference(
+    make_trainer, make_lm, lora, bias
+):
+    """They stay on when the adapter is off, so that its KL would be too small."""
+    lora.bias = bias
+    with pytest.raises(ValueError, match="use bias='none', or pass a ref_model"):
+        make_trainer(peft_config=lora)
+    assert make_trainer(peft_config=lora, ref_model=make_lm()).ref_model is not None
+
+
 def test_a_reference_may_share_what_is_frozen(make_trainer, make_lm, steps):
     model, ref_model = make_lm(), make_lm()
     model.transformer.wpe.requires_grad_(False)
