@@ -165,6 +165,7 @@ def main() -> None:
                 args.response_length,
                 judges={"held_out": judge},
                 temperature=args.temperature,
+                max_prompt_length=args.max_prompt_length,
                 seed=args.seed + 1_000_003,
             )
 
@@ -263,6 +264,7 @@ def measure_best_of_n(
             task.best_of_n,
             args.response_length,
             temperature=args.temperature,
+            max_prompt_length=args.max_prompt_length,
             seed=args.seed,
             on_batch=lambda done: progress.advance(bar, done),
         )

@@ -123,6 +123,7 @@ def best_of_n(
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
+    max_prompt_length: int | None = None,
     seed: int = 0,
     batch_size: int = 256,
     on_batch: Callable[[int], None] | None = None,
@@ -136,6 +137,7 @@ def best_of_n(
         n,
         max_new_tokens,
         temperature=temperature,
+        max_prompt_length=max_prompt_length,
         seed=seed,
         batch_size=batch_size,
         on_batch=on_batch,
@@ -152,12 +154,14 @@ def sample_scores(
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
+    max_prompt_length: int | None = None,
     seed: int = 0,
     batch_size: int = 256,
     on_batch: Callable[[int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Scores [P, n] of n samples of the reference for each prompt, by every reward model.
 
+    `max_prompt_length` is that of `sample_responses`: longer prompts lose their beginning.
     `on_batch` is called with the number of responses sampled in each batch, for a progress bar.
     """
     repeated = [prompt for prompt in prompts for _ in range(n)]
@@ -167,6 +171,7 @@ def sample_scores(
         repeated,
         max_new_tokens,
         temperature=temperature,
+        max_prompt_length=max_prompt_length,
         generator=torch.Generator(device=next(reference.parameters()).device).manual_seed(seed),
         batch_size=batch_size,
         on_batch=on_batch,

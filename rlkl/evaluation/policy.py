@@ -45,6 +45,7 @@ def evaluate_policy(
     *,
     judges: Mapping[str, RewardModel] | None = None,
     temperature: float = 1.0,
+    max_prompt_length: int | None = None,
     seed: int = 0,
     batch_size: int = 256,
     on_batch: Callable[[int], None] | None = None,
@@ -63,6 +64,7 @@ def evaluate_policy(
         max_new_tokens: length limit; the KL is that of the process cut there.
         judges: other reward models, by name.
         temperature: sampling temperature, part of both distributions.
+        max_prompt_length: longest prompt in tokens; longer ones lose their beginning.
         seed: of the draws.
         batch_size: responses per pass.
         on_batch: called with the number of responses sampled in each batch.
@@ -80,6 +82,7 @@ def evaluate_policy(
             temperature=temperature,
             generator=torch.Generator(device=next(policy.parameters()).device).manual_seed(seed),
             batch_size=batch_size,
+            max_prompt_length=max_prompt_length,
             on_batch=on_batch,
         )
         tokens = token_statistics(

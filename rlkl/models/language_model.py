@@ -124,7 +124,7 @@ def check_positions(model: nn.Module, length: int) -> None:
     if length > limit:
         raise ValueError(
             f"prompt and response come to {length} tokens, and the model has {limit} positions: "
-            "set a smaller max_prompt_length or response_length"
+            "set a smaller max_prompt_length or a shorter response"
         )
 
 

@@ -70,6 +70,7 @@ class Evaluator:
             self.settings["response_length"],
             judges={"judge": self.judge},
             temperature=self.settings["temperature"],
+            max_prompt_length=self.settings.get("max_prompt_length"),
             seed=self.evaluation["seed"],
         ).rollout
         mask = rollout.responses.mask
@@ -110,6 +111,7 @@ class Evaluator:
             count,
             self.settings["response_length"],
             temperature=self.settings["temperature"],
+            max_prompt_length=self.settings.get("max_prompt_length"),
             seed=self.evaluation["seed"] + 1,
         )
         reward, judge = scores["reward"], scores["judge"]

@@ -23,6 +23,7 @@ EVALUATED_FIELDS = (
     "eval_prompts",
     "response_length",
     "temperature",
+    "max_prompt_length",
 )
 """Settings of a recipe that define what is measured: one value for all the cells of a sweep."""
 

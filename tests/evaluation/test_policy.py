@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from rlkl.evaluation import evaluate_policy
+from rlkl.evaluation import best_of_n, estimate_kl, evaluate_policy
 
 
 def no_reward(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
@@ -28,3 +28,25 @@ def test_the_base_with_the_adapter_in_it_is_refused_as_reference(make_lm, tokeni
     policy = get_peft_model(base, lora)
     with pytest.raises(ValueError, match="same adapter layers"):
         evaluate_policy(policy, base, tokenizer, ["the film"], no_reward, 4)
+
+
+@pytest.mark.parametrize("prompt", ["the film was so", "the film " * 60 + "was so"])
+def test_prompts_are_cut_to_their_last_tokens_as_in_training(make_lm, tokenizer, prompt):
+    """Whether they would fit or not."""
+
+    def read(prompt: str, **cut: int) -> list[object]:
+        policy, ref, seen = make_lm(), make_lm(seed=1), []
+
+        def reward(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
+            seen.append(list(responses))
+            return torch.zeros(len(responses))
+
+        prompts = [prompt] * 4
+        kl = evaluate_policy(policy, ref, tokenizer, prompts, reward, 4, **cut).metrics["kl/rb"]
+        best_of_n(ref, tokenizer, prompts, reward, 2, 4, **cut)
+        estimate = estimate_kl(
+            policy, ref, tokenizer, prompts, num_samples=4, max_new_tokens=4, **cut
+        )
+        return [kl, seen, estimate.best.nats_per_response]
+
+    assert read(prompt, max_prompt_length=2) == read("was so", max_prompt_length=2)

@@ -75,6 +75,14 @@ def test_a_single_step_ends_in_a_summary(folders: Path, monkeypatch: pytest.Monk
     assert summary["train_se_ratio_k1_over_rb"] is None  # the KL was 0: there is no error
 
 
+def test_held_out_prompts_are_cut_like_those_of_training(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folders / "prompts.txt").write_text(("the film " * 60 + "it is\n") * 8)
+    run(monkeypatch, "sentiment_ppo.py", arguments(folders, max_steps=1, max_prompt_length=8))
+    assert (folders / "run" / "summary.json").is_file()
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of a library at its import
 @pytest.mark.parametrize("script", [path.name for path in SCRIPTS])
 def test_every_recipe_says_its_options(

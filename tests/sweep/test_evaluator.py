@@ -65,6 +65,18 @@ def test_two_evaluations_of_a_policy_are_the_same(settings, make_lm, make_tokeni
     assert points[0]["kl"] > 0
 
 
+def test_prompts_are_cut_as_in_training(settings, folders, make_lm):
+    """Reward and judge read the prompt as it was written."""
+    policy, points = make_lm(vocab_size=34, seed=1), []
+    for prompt in ("the film " * 60 + "it is", "it is"):
+        (folders / "prompts.txt").write_text(prompt + "\n")
+        evaluator = Evaluator(settings | {"max_prompt_length": 2}, EVALUATION)
+        point, _ = evaluator.point(policy, 0)
+        points.append([point[name] for name in ("kl", "kl_k1", "length", "truncated")])
+        assert len(evaluator.reference()["best_of_n"]) == 6
+    assert points[0] == points[1]
+
+
 def test_a_cell_is_measured_at_its_end_and_its_kept_checkpoints(settings, tmp_path, make_lm):
     cell = tmp_path / "cell"
     for name, seed in (("checkpoint-1", 1), ("policy", 2)):

@@ -523,7 +523,7 @@ def test_a_prompt_that_leaves_no_room_for_its_response_is_refused(make_trainer):
     with pytest.raises(ValueError, match=r"eval_dataset, rows 0 to 5: .* come to 66 tokens"):
         make_trainer(eval_dataset=long, eval_on_policy=True)
     long = Dataset.from_dict({"prompt": ["film " * 70] * 6, "completion": ["good"] * 6})
-    with pytest.raises(ValueError, match="set a smaller max_prompt_length or response_length"):
+    with pytest.raises(ValueError, match="set a smaller max_prompt_length or a shorter response"):
         make_trainer(train_dataset=long, response_length=2)
     make_trainer(train_dataset=long, response_length=2, max_prompt_length=60).train()
 

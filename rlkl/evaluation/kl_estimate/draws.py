@@ -90,11 +90,15 @@ class SampledResponses:
         temperature: float,
         seed: int,
         batch_size: int,
+        max_prompt_length: int | None = None,
     ) -> None:
         check_positive(num_samples=limit, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        if max_prompt_length is not None:
+            check_positive(max_prompt_length=max_prompt_length)
         self.pair, self.prompts, self.limit, self.max_tokens = pair, prompts, limit, max_new_tokens
         self.temperature, self.seed, self.batch_size = temperature, seed, batch_size
-        _, mask = encode_prompts(pair.tokenizer, prompts)
+        self.max_prompt_length = max_prompt_length
+        _, mask = encode_prompts(pair.tokenizer, prompts, max_prompt_length)
         longest = int(mask.sum(1).max())
         what = f"the longest prompt ({longest} tokens) with max_new_tokens={max_new_tokens}"
         check_length(pair, longest + max_new_tokens, what)
@@ -128,5 +132,6 @@ class SampledResponses:
                     temperature=self.temperature,
                     generator=generator_of(device, self.seed, drawn),
                     batch_size=self.batch_size,
+                    max_prompt_length=self.max_prompt_length,
                 )
             yield Draws(responses, torch.tensor(numbers), torch.tensor(repetitions))

@@ -273,6 +273,7 @@ def estimate_kl(
     num_samples: int = 256,
     max_new_tokens: int = 64,
     temperature: float = 1.0,
+    max_prompt_length: int | None = None,
     seed: int = 0,
     batch_size: int = 64,
     target_stderr: float | None = None,
@@ -296,6 +297,7 @@ def estimate_kl(
         num_samples: responses, in all prompts together.
         max_new_tokens: length limit.
         temperature: sampling temperature.
+        max_prompt_length: longest prompt in tokens; longer ones lose their beginning.
         seed: of the shuffle and of the draws.
         batch_size: responses per pass.
         target_stderr: in nats per response: after `num_samples`, go on until the standard error of
@@ -330,6 +332,7 @@ def estimate_kl(
         temperature=temperature,
         seed=seed,
         batch_size=batch_size,
+        max_prompt_length=max_prompt_length,
     )
     estimation = KLEstimation(pair, source, settings)
     with eval_mode(*pair.modules()):
