@@ -44,8 +44,12 @@ def load_prompts(source: str | Path, column: str = "prompt") -> Dataset:
 
 
 def collate_prompts(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Rows of a dataset as columns; tokenising is the sampler's."""
-    return {name: [row[name] for row in rows] for name in rows[0]}
+    """Rows of a dataset as columns of texts; tokenising is the sampler's.
+
+    Other columns stay behind: the Trainer would count the tokens of one that is called input_ids.
+    """
+    names = [name for name in ("prompt", "completion", "text") if name in rows[0]]
+    return {name: [row[name] for row in rows] for name in names}
 
 
 def check_prompts(data: Any, at_least: int) -> None:

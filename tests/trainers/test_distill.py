@@ -540,3 +540,9 @@ def test_wandb_gets_what_the_file_gets(make_trainer, tmp_path, monkeypatch):
     trainer.train()
     assert any("train/divergence/akl" in row for row in logged)
     assert list(Path(tmp_path / "run" / "wandb").glob("offline-run-*"))
+
+
+def test_columns_that_are_not_read_may_hold_anything(make_trainer, pairs):
+    trainer = make_trainer(train_dataset=pairs.add_column("input_ids", [[1]] * len(pairs)))
+    trainer.train()
+    assert trainer.state.global_step == 2

@@ -196,6 +196,13 @@ def test_a_saved_policy_loads_as_any_model(make_trainer, tmp_path):
     assert (tmp_path / "policy" / "tokenizer.json").is_file()
 
 
+def test_columns_that_are_not_read_may_hold_anything(make_trainer, prompts):
+    others = {"input_ids": [[1]] * len(prompts), "labels": [None] * len(prompts)}
+    trainer = make_trainer(train_dataset=Dataset.from_dict({**prompts.to_dict(), **others}))
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
 # --- what is logged -----------------------------------------------------------------------------
 
 SUMMARY = {  # of the Trainer, at the end of a run
