@@ -73,7 +73,7 @@ def check_apart(model: nn.Module, fixed: nn.Module, name: str, remedy: str) -> N
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     if any(id(p) in trained for p in fixed.parameters()) or _share_adapter(model, fixed):
         raise ValueError(
-            f"model and {name} share the weights that are trained, and {name} must stay as it is: "
+            f"model and {name} share the weights that are trained: {name} must stay as it is; "
             f"{remedy}"
         )
 

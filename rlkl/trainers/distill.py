@@ -28,7 +28,7 @@ from rlkl.rollout.records import scatter_tokens
 from rlkl.trainers.distill_config import DistillConfig
 from rlkl.trainers.distill_data import check_texts, prompts_of
 from rlkl.trainers.step import StepClock
-from rlkl.trainers.text_trainer import TextTrainer
+from rlkl.trainers.text_trainer import TextTrainer, named_sets
 from rlkl.trainers.tracking import wandb_run
 
 # What a generator is for: its place, beside the batch.
@@ -68,7 +68,7 @@ class DistillTrainer(TextTrainer):
         train_dataset: columns ``prompt`` and ``completion`` (the loss is on the completion alone),
             ``prompt`` alone where all responses are sampled, or ``text``.
         processing_class: the tokenizer of both.
-        eval_dataset: likewise, for `evaluate`.
+        eval_dataset: likewise, for `evaluate`; or several sets by name.
         peft_config: puts this adapter on the student.
         callbacks: further transformers callbacks.
 
@@ -87,7 +87,7 @@ class DistillTrainer(TextTrainer):
         args: DistillConfig,
         train_dataset: Dataset,
         processing_class: PreTrainedTokenizerBase,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
@@ -113,8 +113,8 @@ class DistillTrainer(TextTrainer):
         self.teacher = teacher_model.requires_grad_(False).eval()
         self._step = self._calls = 0
         super().__init__(model, args, train_dataset, processing_class, eval_dataset, callbacks)
-        if eval_dataset is not None:
-            self._check_evaluation(eval_dataset)
+        for name, data in named_sets(eval_dataset).items():
+            self._check_evaluation(data, name)
         self.teacher.to(args.device)  # pyright: ignore[reportArgumentType] (decorated)
 
     # ---- one step --------------------------------------------------------------------------------
@@ -297,7 +297,7 @@ class DistillTrainer(TextTrainer):
 
     def evaluate(
         self,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
@@ -306,11 +306,13 @@ class DistillTrainer(TextTrainer):
 
         The randomness is the same at every call, so that evaluations differ by the student alone.
         """
-        data = cast(Dataset | None, self.eval_dataset if eval_dataset is None else eval_dataset)
+        data = cast(Any, self.eval_dataset if eval_dataset is None else eval_dataset)
         if data is None:
             raise ValueError("evaluate needs texts: pass eval_dataset here or to the trainer")
+        if isinstance(data, dict):
+            return self.evaluate_each(data, metric_key_prefix)
         if eval_dataset is not None:
-            self._check_evaluation(eval_dataset)
+            self._check_evaluation(data, "eval_dataset")
         self.model.eval()
         inputs = {name: list(data[name]) for name in data.column_names}
         sets = {"": self.given(inputs)}
@@ -344,10 +346,10 @@ class DistillTrainer(TextTrainer):
             total += float(loss) * int(batch.mask.sum())
         return total / int(responses.mask.sum())
 
-    def _check_evaluation(self, data: Dataset) -> None:
+    def _check_evaluation(self, data: Dataset, which: str) -> None:
         check_texts(
             data,
-            "eval_dataset",
+            which,
             self.tokenizer,
             (self.model, self.teacher),
             self.args,

@@ -11,6 +11,7 @@ from rlkl.models.language_model import check_positions
 from rlkl.rollout.given import given_responses
 from rlkl.rollout.sampling import encode_prompts
 from rlkl.trainers.distill_config import DistillConfig
+from rlkl.trainers.text_trainer import check_padding, check_rows
 
 _ROWS = 256  # tokenised together
 
@@ -54,6 +55,8 @@ def check_texts(
     Raises:
         ValueError: says which column, or which row, and what to do.
     """
+    check_rows(data, which)
+    check_padding(tokenizer)
     columns = data.column_names
     if "text" in columns and "prompt" not in columns:
         needed = ["text"]

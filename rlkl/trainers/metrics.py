@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def described(name: str) -> str | None:
     >>> described("kl/rb_se")[:14]
     'standard error'
     """
-    name = name.removeprefix("eval_")
+    name = re.sub("^eval_(.*_(?=[a-z]+/))?", "", name)  # the name of an evaluation set too
     if name.endswith("_se"):
         mean = described(name.removesuffix("_se"))
         return mean and f"standard error of: {mean}"

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -19,7 +20,6 @@ from transformers import (
 )
 
 from reward_models import RewardModel
-from rlkl.data import check_prompts
 from rlkl.kl import (
     AdaptiveKLCoefficient,
     FixedKLCoefficient,
@@ -35,7 +35,6 @@ from rlkl.kl import (
     response_weights,
     sequence_kl,
 )
-from rlkl.kl.chunked import vocabulary_of
 from rlkl.models import (
     Critic,
     check_apart,
@@ -68,8 +67,9 @@ from rlkl.rollout.randomness import generator_of
 from rlkl.rollout.summary import summarise, token_kl
 from rlkl.trainers.config import PPOConfig
 from rlkl.trainers.policy_loss import PolicyLoss
+from rlkl.trainers.ppo_data import check_prompt_data, check_vocabularies
 from rlkl.trainers.step import StepClock, Update, explained_variance, update_metrics
-from rlkl.trainers.text_trainer import TextTrainer
+from rlkl.trainers.text_trainer import TextTrainer, named_sets
 from rlkl.trainers.tracking import log_completions, wandb_run
 
 
@@ -98,7 +98,7 @@ class PPOTrainer(TextTrainer):
         reward_funcs: a reward model, or several whose scores are added; see `reward_models`.
         args: settings.
         train_dataset: prompts, in a column ``prompt``.
-        eval_dataset: prompts for `evaluate`.
+        eval_dataset: prompts for `evaluate`, or several sets of them by name.
         processing_class: the policy's tokenizer. Reward models bring their own.
         ref_model: the reference; None takes a frozen copy of the policy as it is now, or, with an
             adapter, the policy with the adapter off, which needs no second copy.
@@ -108,9 +108,10 @@ class PPOTrainer(TextTrainer):
 
     Raises:
         ValueError: an estimator in a placement where its gradient is not that of the sequence KL
-            (unless ``allow_biased_kl``), fewer prompts than a step needs, an empty prompt, a model
-            that cannot be sampled and measured here (see `check_causal_lm`), a reference that
-            would move with the policy (shared weights that are trained, trained biases).
+            (unless ``allow_biased_kl``), fewer prompts than a step needs, a prompt that is empty or
+            longer than a model's positions, a head smaller than the tokenizer, a model that cannot
+            be sampled and measured here (see `check_causal_lm`), a reference that would move with
+            the policy (shared weights that are trained, trained biases).
     """
 
     default_estimator: ClassVar[str] = "k1"
@@ -126,7 +127,7 @@ class PPOTrainer(TextTrainer):
         args: PPOConfig,
         train_dataset: Dataset,
         processing_class: PreTrainedTokenizerBase,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
         ref_model: nn.Module | None = None,
         peft_config: PeftConfig | None = None,
         judges: Mapping[str, RewardModel] | None = None,
@@ -140,7 +141,6 @@ class PPOTrainer(TextTrainer):
                 f"kl_estimator is {self.estimator.name}, which is for measuring: train with rb, "
                 "exact and no dearer, or with a sampled estimator"
             )
-        check_prompts(train_dataset, at_least=args.per_device_train_batch_size)
         if peft_config is not None and isinstance(model, PeftModel):
             raise ValueError("the model has an adapter already: leave peft_config out")
         if peft_config is not None:
@@ -157,12 +157,7 @@ class PPOTrainer(TextTrainer):
                 "or load it a second time",
             )
             check_causal_lm(ref_model.eval(), "ref_model")
-            rows = [vocabulary_of(output_head(each)) for each in (model, ref_model)]
-            if rows[0] != rows[1]:
-                raise ValueError(
-                    f"model gives logits of {rows[0]} tokens and ref_model of {rows[1]}: both need "
-                    "one vocabulary; resize_token_embeddings makes them equal"
-                )
+        check_vocabularies(model, ref_model, processing_class)
         if ref_model is None and not isinstance(model, PeftModel):
             ref_model = frozen_copy(model)
         check_reference(model, ref_model)
@@ -172,7 +167,16 @@ class PPOTrainer(TextTrainer):
                 "reference cannot be in use at once: pass ref_model, a copy of the base model"
             )
         self.ref_model = ref_model
-        own_trunk = _trainable_copy(model) if args.separate_value_model else None
+        self._check_data = partial(
+            check_prompt_data,
+            tokenizer=processing_class,
+            models=[model] if ref_model is None else [model, ref_model],
+            args=args,
+        )
+        self._check_data(train_dataset, "train_dataset", at_least=args.per_device_train_batch_size)
+        for name, data in named_sets(eval_dataset).items():
+            self._check_data(data, name)
+        own_trunk = frozen_copy(model).requires_grad_(True) if args.separate_value_model else None
         self.critic = Critic(hidden_size(model), own_trunk)
         self.reward = (
             SumOfRewards(reward_funcs) if isinstance(reward_funcs, Sequence) else reward_funcs
@@ -453,7 +457,7 @@ class PPOTrainer(TextTrainer):
 
     def evaluate(
         self,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
@@ -461,8 +465,11 @@ class PPOTrainer(TextTrainer):
 
         The randomness is the same at every call, so that evaluations differ by the policy alone.
         """
-        data = cast(Dataset, self.eval_dataset if eval_dataset is None else eval_dataset)
-        check_prompts(data, at_least=1)
+        data = cast(Any, self.eval_dataset if eval_dataset is None else eval_dataset)
+        if isinstance(data, dict):
+            return self.evaluate_each(data, metric_key_prefix)
+        if data is None or eval_dataset is not None:  # the trainer's own was checked
+            self._check_data(data, "eval_dataset")
         self.model.eval()
         clock = StepClock()
         responses = self.sample(list(data["prompt"]), self._generator("evaluation"), clock)
@@ -489,8 +496,3 @@ class PPOTrainer(TextTrainer):
         if self.args.kl_target is not None:  # a fixed coefficient is that of the settings
             state = json.loads((folder / "kl_coefficient.json").read_text())
             self.kl_coefficient.load_state_dict(state)
-
-
-def _trainable_copy(model: nn.Module) -> nn.Module:
-    copy = frozen_copy(model)
-    return copy.requires_grad_(True)

@@ -26,6 +26,39 @@ from rlkl.trainers.run_config import RunArguments
 from rlkl.trainers.tracking import WandbMirror
 
 
+def check_rows(data: Any, which: str) -> None:
+    """Refuses what has no numbered rows in columns (a stream, a list); None passes.
+
+    Raises:
+        ValueError: with what makes a Dataset of it.
+    """
+    if data is not None and not isinstance(data, Dataset):
+        raise ValueError(
+            f"{which} is of type {type(data).__name__}, and a datasets.Dataset is needed: make one "
+            "by Dataset.from_list(list(rows))"
+        )
+
+
+def check_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a tokenizer that cannot fill a batch.
+
+    Raises:
+        ValueError: it has no pad token.
+    """
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            "processing_class has no pad token: tokenizer.pad_token = tokenizer.eos_token gives it "
+            "one"
+        )
+
+
+def named_sets(data: Dataset | dict[str, Dataset] | None) -> dict[str, Dataset]:
+    """The evaluation sets that a trainer was given, by what to call them in a complaint."""
+    if isinstance(data, dict):
+        return {f"eval_dataset {name!r}": each for name, each in data.items()}
+    return {} if data is None else {"eval_dataset": data}
+
+
 class TextTrainer(Trainer, ABC):
     """A Trainer whose batches are columns of texts, and whose every log is in ``metrics.jsonl``.
 
@@ -45,17 +78,12 @@ class TextTrainer(Trainer, ABC):
         args: RunArguments,
         train_dataset: Dataset,
         tokenizer: PreTrainedTokenizerBase,
-        eval_dataset: Dataset | None,
+        eval_dataset: Dataset | dict[str, Dataset] | None,
         callbacks: list[TrainerCallback] | None,
     ) -> None:
         if args.world_size > 1:
             raise ValueError(
                 f"{args.world_size} processes were started; rlkl's trainers run in one process"
-            )
-        if tokenizer.pad_token_id is None:
-            raise ValueError(
-                "processing_class has no pad token: tokenizer.pad_token = tokenizer.eos_token "
-                "gives it one"
             )
         self.tokenizer = tokenizer
         self.noted: dict[str, list[dict[str, float]]] = defaultdict(list)
@@ -117,6 +145,13 @@ class TextTrainer(Trainer, ABC):
                 logs = {**logs, **average_steps(steps)}
             self.noted.clear()
         super().log(logs, start_time)
+
+    def evaluate_each(self, sets: dict[str, Dataset], prefix: str) -> dict[str, float]:
+        """`evaluate` of several data sets: ``<prefix>_<name of the set>_<metric>``."""
+        metrics: dict[str, float] = {}
+        for name, data in sets.items():
+            metrics |= self.evaluate(data, metric_key_prefix=f"{prefix}_{name}")
+        return metrics
 
     def report_evaluation(self, metrics: dict[str, float]) -> dict[str, float]:
         """Logs what `evaluate` measured, and tells the callbacks."""

@@ -546,3 +546,18 @@ def test_columns_that_are_not_read_may_hold_anything(make_trainer, pairs):
     trainer = make_trainer(train_dataset=pairs.add_column("input_ids", [[1]] * len(pairs)))
     trainer.train()
     assert trainer.state.global_step == 2
+
+
+def test_several_evaluation_sets_are_measured_each_under_its_name(make_trainer, pairs):
+    sets = {"first": pairs.select([0]), "all": pairs}
+    trainer = make_trainer(eval_dataset=sets)
+    metrics = trainer.evaluate()
+    for name, data in sets.items():
+        assert metrics[f"eval_{name}_loss"] == trainer.evaluate(data)["eval_loss"]
+    with pytest.raises(ValueError, match=r"eval_dataset 'far': .* is empty"):
+        make_trainer(eval_dataset={"far": Dataset.from_dict({"text": [" "]})})
+
+
+def test_a_stream_of_rows_is_refused(make_trainer, pairs):
+    with pytest.raises(ValueError, match="train_dataset is of type IterableDataset"):
+        make_trainer(train_dataset=pairs.to_iterable_dataset())

@@ -88,6 +88,12 @@ def test_an_estimator_that_does_not_fit_the_default_placement_is_refused(make_tr
         ({"per_device_train_batch_size": 64}, "12 prompts for per_device_train_batch_size=64"),
         ({"train_dataset": data(*["it"] * 8, " ")}, "prompt 8 is empty"),
         ({"train_dataset": Dataset.from_dict({"text": ["it"] * 8})}, "'prompt' column is needed"),
+        ({"train_dataset": data(*["it"] * 300, "it " * 60)}, "rows 256 to 300: .* 66 tokens"),
+        ({"train_dataset": [{"prompt": "it"}] * 8}, r"train_dataset is of type list.*from_list"),
+        ({"train_dataset": data("it").to_iterable_dataset()}, "of type IterableDataset"),
+        ({"eval_dataset": Dataset.from_dict({"text": ["it"]})}, "eval_dataset: .*'prompt' column"),
+        ({"eval_dataset": data("it " * 60)}, "eval_dataset, rows 0 to 0: .* 66 tokens"),
+        ({"eval_dataset": {"own": data("it"), "far": data(" ")}}, "eval_dataset 'far': prompt 0"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) and len(str(value)) < 60 else "",
 )
@@ -138,6 +144,18 @@ def test_a_reference_may_share_what_is_frozen(make_trainer, make_lm, steps):
 def test_a_reference_of_another_vocabulary_is_refused(make_trainer, make_lm):
     with pytest.raises(ValueError, match=r"logits of \d+ tokens and ref_model of 200"):
         make_trainer(ref_model=make_lm(vocab_size=200))
+
+
+def test_a_model_that_lacks_tokens_of_the_tokenizer_is_refused(make_trainer, make_lm):
+    with pytest.raises(ValueError, match="logits of 20 tokens and processing_class has 33"):
+        make_trainer(model=make_lm(vocab_size=20))
+
+
+def test_a_prompt_that_is_too_long_for_the_reference_alone_is_refused(make_trainer, make_lm):
+    ref_model = make_lm(n_positions=8)
+    with pytest.raises(ValueError, match="come to 11 tokens, and the model has 8 positions"):
+        make_trainer(ref_model=ref_model)
+    make_trainer(ref_model=ref_model, max_prompt_length=3)
 
 
 def test_a_second_adapter_is_refused(make_trainer, make_lm, lora):

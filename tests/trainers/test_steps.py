@@ -306,6 +306,20 @@ def test_evaluation_is_the_same_at_every_call_and_disturbs_no_training(
         assert ours["kl/rb"] == theirs["kl/rb"]
 
 
+def test_several_evaluation_sets_are_measured_each_under_its_name(make_trainer, prompts):
+    sets = {"short": Dataset.from_dict({"prompt": ["it"] * 4}), "all_of_it": prompts}
+    trainer = make_trainer(eval_dataset=sets, eval_strategy="steps", eval_steps=2)
+    trainer.train()
+    last = {name: value for log in trainer.state.log_history[-3:] for name, value in log.items()}
+    for name, data in sets.items():
+        alone = trainer.evaluate(data)
+        ours = {k: last[k.replace("eval_", f"eval_{name}_")] for k in alone}
+        assert ours == alone
+    metrics = trainer.evaluate()
+    assert sorted(name for name in metrics if described(name) is None) == []
+    assert described("eval_all_of_it_kl/rb_se") == described("kl/rb_se")
+
+
 def test_an_evaluation_before_training_stays_in_the_metrics(make_trainer, prompts, tmp_path):
     trainer = make_trainer(max_steps=1, eval_dataset=prompts)
     trainer.evaluate()

@@ -1,0 +1,76 @@
+"""What PPO reads, checked whole before any work: prompts, and the vocabulary they are made of."""
+
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from rlkl.data import check_prompts
+from rlkl.kl.chunked import vocabulary_of
+from rlkl.models import output_head
+from rlkl.models.language_model import check_positions
+from rlkl.rollout import encode_prompts
+from rlkl.trainers.config import PPOConfig
+from rlkl.trainers.text_trainer import check_padding, check_rows
+
+_ROWS = 256  # tokenised together
+
+
+def check_prompt_data(
+    data: Dataset | None,
+    which: str,
+    tokenizer: PreTrainedTokenizerBase,
+    models: list[nn.Module],
+    args: PPOConfig,
+    *,
+    at_least: int = 1,
+) -> None:
+    """Refuses prompts that a training or evaluation could not read to its end.
+
+    Args:
+        data: prompts, in a column ``prompt``.
+        which: its name, for the complaint.
+        tokenizer: of the models.
+        models: those that read prompts and responses.
+        args: the lengths.
+        at_least: how many prompts are needed.
+
+    Raises:
+        ValueError: says which column or row, and what to do.
+    """
+    check_rows(data, which)
+    check_padding(tokenizer)
+    try:
+        check_prompts(data, at_least)
+    except ValueError as error:
+        raise ValueError(f"{which}: {error}") from error
+    assert data is not None  # checked above
+    for begin in range(0, len(data), _ROWS):
+        prompts = data[begin : begin + _ROWS]["prompt"]
+        try:
+            _, mask = encode_prompts(tokenizer, prompts, args.max_prompt_length)
+            for model in models:  # the last token of a response is not read
+                check_positions(model, int(mask.sum(1).max()) + args.response_length - 1)
+        except ValueError as error:
+            end = begin + len(prompts) - 1
+            raise ValueError(f"{which}, rows {begin} to {end}: {error}") from error
+
+
+def check_vocabularies(
+    model: nn.Module, ref_model: nn.Module | None, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuses a policy that does not know its tokenizer's tokens, or not the reference's.
+
+    Raises:
+        ValueError: with both numbers, and what makes them equal.
+    """
+    rows = vocabulary_of(output_head(model))
+    if rows < len(tokenizer):
+        raise ValueError(
+            f"model gives logits of {rows} tokens and processing_class has {len(tokenizer)}: pass "
+            "the model's own tokenizer, or give the new tokens rows by resize_token_embeddings"
+        )
+    if ref_model is not None and (other := vocabulary_of(output_head(ref_model))) != rows:
+        raise ValueError(
+            f"model gives logits of {rows} tokens and ref_model of {other}: both need one "
+            "vocabulary; resize_token_embeddings makes them equal"
+        )
