@@ -46,7 +46,8 @@ def check_reference(policy: nn.Module, ref_model: nn.Module | None) -> None:
             "their KL is 0: pass None, which is the policy with its adapter off, or load the "
             "reference a second time"
         )
-    if ref_model is None and any(map(trains_base, policy.peft_config.values())):
+    adapters = policy.peft_config if ref_model is None and isinstance(policy, PeftModel) else {}
+    if any(trains_base(adapter) for adapter in adapters.values()):
         raise ValueError(
             "the policy's adapter trains biases of the base model itself (its config says "
             "bias='all' or 'lora_only'): they stay on when it is off, which is then not the "

@@ -46,7 +46,8 @@ VOCABULARY: dict[str, str] = {
     "loss/policy_avg": "clipped policy loss, mean over tokens",
     "loss/value_avg": "clipped value loss, mean over tokens, before vf_coef",
     "loss/kl_avg": (
-        "β/σ · mean over tokens of the differentiated k_t; 0 when it is in the reward only"
+        "β/σ · mean over tokens of the differentiated k_t, from a rollout's second update on times "
+        "its weight W_t if kl_off_policy asks for one; 0 when it is in the reward only"
     ),
     "time/generation": "seconds: sampling the responses",
     "time/scoring": "seconds: reward model and judges",

@@ -29,8 +29,11 @@ class PolicyLossParts(NamedTuple):
 
     loss: Tensor
     """Policy and KL loss; differentiable once, in the hidden states and the head."""
+    policy_loss: Tensor
+    """The clipped policy loss in it, detached."""
     kl_loss: Tensor
-    """The KL's part of it, detached."""
+    """The differentiated k_t's part of it, detached. (With prefix weights the two are not all:
+    `PrefixCorrection.loss` has a gradient to give, and a value that says nothing.)"""
     logp: Tensor
     """[N] log π(y_t|h_t), detached."""
 
@@ -80,21 +83,26 @@ class PolicyLoss:
         if off_policy:
             constants += self._prefix_correction(rollout, rows, hidden.detach())
 
-        def kl_term(
-            stats: TokenStats | TokenLogp, old_logp: Tensor, advantage: Tensor, *prefix: Tensor
+        def kl_term(stats: TokenStats | TokenLogp, *prefix: Tensor) -> Tensor:
+            if not isinstance(stats, TokenStats):
+                return torch.zeros_like(stats.policy_logp)
+            weight = beta * PrefixCorrection(*prefix).pathwise if prefix else beta
+            return weight * self._k(stats)
+
+        def policy_term(
+            stats: TokenStats | TokenLogp, old_logp: Tensor, advantage: Tensor
         ) -> Tensor:
-            term, weight = torch.zeros_like(old_logp), beta
-            if prefix:
-                correction, logps = PrefixCorrection(*prefix), (stats.policy_logp, old_logp)
-                term = beta * correction.loss(*logps, advantage, args.cliprange)
-                weight = beta * correction.pathwise
-            return term + weight * self._k(stats) if isinstance(stats, TokenStats) else term
+            return clipped_policy_loss(stats.policy_logp, old_logp, advantage, args.cliprange)
 
         def token_loss(
             stats: TokenStats | TokenLogp, old_logp: Tensor, advantage: Tensor, *prefix: Tensor
         ) -> Tensor:
-            loss = clipped_policy_loss(stats.policy_logp, old_logp, advantage, args.cliprange)
-            return (loss + kl_term(stats, old_logp, advantage, *prefix)).sum() / count
+            term = kl_term(stats, *prefix)
+            if prefix:
+                logps = stats.policy_logp, old_logp
+                correction = PrefixCorrection(*prefix).loss(*logps, advantage, args.cliprange)
+                term = beta * correction + term
+            return (policy_term(stats, old_logp, advantage) + term).sum() / count
 
         policy, tokens = (hidden, output_head(self.model)), batch.tokens[batch.mask]
         precision = {"temperature": args.temperature, "gemm_dtype": args.gemm_dtype}
@@ -113,8 +121,9 @@ class PolicyLoss:
                 **precision,
             )
         with torch.no_grad():
-            kl_loss = kl_term(stats, *constants).sum() / count
-        return PolicyLossParts(loss, kl_loss, stats.policy_logp)
+            policy_loss = policy_term(stats, *constants[:2]).sum() / count
+            kl_loss = kl_term(stats, *constants[2:]).sum() / count
+        return PolicyLossParts(loss, policy_loss, kl_loss, stats.policy_logp)
 
     @torch.no_grad()
     def _prefix_correction(

@@ -402,7 +402,7 @@ class PPOTrainer(TextTrainer):
             parts.append(
                 Update(
                     loss=loss.detach(),
-                    policy_loss=policy.loss.detach() - policy.kl_loss,
+                    policy_loss=policy.policy_loss,
                     kl_loss=policy.kl_loss,
                     value_loss=value_loss.detach(),
                     log_ratio=policy.logp - old_logp[mask],
@@ -468,8 +468,7 @@ class PPOTrainer(TextTrainer):
         data = cast(Any, self.eval_dataset if eval_dataset is None else eval_dataset)
         if isinstance(data, dict):
             return self.evaluate_each(data, metric_key_prefix)
-        if data is None or eval_dataset is not None:  # the trainer's own was checked
-            self._check_data(data, "eval_dataset")
+        self._check_data(data, "eval_dataset")
         self.model.eval()
         clock = StepClock()
         responses = self.sample(list(data["prompt"]), self._generator("evaluation"), clock)

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 from peft import PeftModel
@@ -92,7 +92,7 @@ class TextTrainer(Trainer, ABC):
             args=args,
             data_collator=collate_prompts,
             train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            eval_dataset=cast(Any, eval_dataset),
             processing_class=tokenizer,
             callbacks=[*(callbacks or []), MetricsFile()],
         )
@@ -150,7 +150,7 @@ class TextTrainer(Trainer, ABC):
         """`evaluate` of several data sets: ``<prefix>_<name of the set>_<metric>``."""
         metrics: dict[str, float] = {}
         for name, data in sets.items():
-            metrics |= self.evaluate(data, metric_key_prefix=f"{prefix}_{name}")
+            metrics |= self.evaluate(cast(Any, data), metric_key_prefix=f"{prefix}_{name}")
         return metrics
 
     def report_evaluation(self, metrics: dict[str, float]) -> dict[str, float]:

@@ -10,7 +10,7 @@ import itertools
 import pytest
 import torch
 
-from rlkl.kl import get_estimator, kl_surrogate
+from rlkl.kl import get_estimator, kl_surrogate, prefix_weights
 from rlkl.rollout import Responses, Rollout, collect_rollout
 from rlkl.trainers import PPOTrainer, RaoBlackwellPPOTrainer
 
@@ -286,6 +286,31 @@ def test_a_later_update_with_prefix_weights_follows_the_kl_of_the_policy_as_it_i
         errors[kl_off_policy] = float((ours - truth).norm() / truth.norm())
     assert errors["prefix"] < 1e-4
     assert min(errors["none"], errors["prefix_truncated"]) > 1e-2
+
+
+@pytest.mark.parametrize("off_policy", [False, True])
+@pytest.mark.parametrize("placement", ["both", "reward"])
+def test_the_parts_of_a_later_loss_are_reported_by_their_formulas(
+    make_pure_trainer, responses, off_policy, placement
+):
+    """With prefix weights more is differentiated; its value is arbitrary and no part of either."""
+    trainer = make_pure_trainer(
+        kl_estimator="rb", kl_placement=placement, kl_off_policy="prefix" if off_policy else "none"
+    )
+    rollout, real = measured(trainer, responses), responses.mask
+    channels = trainer.advantages(rollout, {})
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.mul_(1.05)
+    rows = torch.arange(len(responses))
+    update = trainer.accumulate_gradient(rollout, rows, *channels, off_policy=off_policy)
+    now, old = measured(trainer, responses).tokens, rollout.tokens
+    ratio = (now.policy_logp - old.policy_logp).exp()
+    weight = prefix_weights(now.policy_logp, old.policy_logp, real)
+    k = now.kl * (weight if off_policy else 1.0)
+    kl_loss = trainer.args.kl_coef * float(k[real].mean()) if placement == "both" else 0.0
+    assert float(update.policy_loss) == pytest.approx(-float((ratio * channels[0])[real].mean()))
+    assert float(update.kl_loss) == pytest.approx(kl_loss, rel=1e-4)
 
 
 @pytest.mark.parametrize(("estimator", "placement"), [("rb", "both"), ("k1", "reward")])
