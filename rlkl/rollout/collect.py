@@ -121,16 +121,14 @@ def token_statistics(
     def restore(values: Sequence[Tensor]) -> Tensor:
         return scatter_tokens(torch.cat(list(values)), responses.mask)
 
-    policy_logp, ref_logp, kl, entropy = (
-        restore(values).float() for values in zip(*parts, strict=True)
-    )
+    policy_logp, ref_logp, kl, entropy = (restore(values) for values in zip(*parts, strict=True))
     return TokenRecord(
         policy_logp=policy_logp,
         ref_logp=ref_logp,
         kl=kl,
         entropy=entropy,
         ref_hidden=restore(hidden_parts),
-        values=restore(value_parts).float() if value_parts else None,
+        values=restore(value_parts) if value_parts else None,
     )
 
 

@@ -100,6 +100,11 @@ class PPOConfig(RunArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.metric_for_best_model in ("loss", "eval_loss"):  # loss is transformers' default
+            raise ValueError(
+                "metric_for_best_model is the loss, which an evaluation of PPO has not: set it to "
+                "objective/scores, for example"
+            )
         positive = (
             "response_length",
             "num_generations",

@@ -67,7 +67,7 @@ from rlkl.rollout.randomness import generator_of
 from rlkl.rollout.summary import summarise, token_kl
 from rlkl.trainers.config import PPOConfig
 from rlkl.trainers.policy_loss import PolicyLoss
-from rlkl.trainers.ppo_data import check_prompt_data, check_vocabularies
+from rlkl.trainers.ppo_data import check_models, check_prompt_data
 from rlkl.trainers.step import StepClock, Update, explained_variance, update_metrics
 from rlkl.trainers.text_trainer import TextTrainer, named_sets
 from rlkl.trainers.tracking import log_completions, wandb_run
@@ -149,15 +149,10 @@ class PPOTrainer(TextTrainer):
         model.eval()  # as in every step
         check_causal_lm(model, "model")
         if ref_model is not None:
-            check_apart(
-                model,
-                ref_model,
-                "ref_model",
-                "leave it out, which takes the model as it is now (with an adapter: without it), "
-                "or load it a second time",
-            )
+            remedy = "leave it out (None is the model as it is now, without its adapter if any)"
+            check_apart(model, ref_model, "ref_model", f"{remedy}, or load it a second time")
             check_causal_lm(ref_model.eval(), "ref_model")
-        check_vocabularies(model, ref_model, processing_class)
+        check_models(model, ref_model, processing_class, args)
         if ref_model is None and not isinstance(model, PeftModel):
             ref_model = frozen_copy(model)
         check_reference(model, ref_model)
@@ -461,7 +456,8 @@ class PPOTrainer(TextTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Samples a response to each evaluation prompt and summarises: score, judges, KL, errors.
+        """Samples `num_generations` responses to each evaluation prompt and summarises them: score,
+        judges, KL, errors.
 
         The randomness is the same at every call, so that evaluations differ by the policy alone.
         """
@@ -490,7 +486,14 @@ class PPOTrainer(TextTrainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        folder = Path(resume_from_checkpoint)
+        self._load_beside(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_beside(Path(str(self.state.best_model_checkpoint)))
+
+    def _load_beside(self, folder: Path) -> None:
+        """Critic and KL coefficient, which `save_model` puts beside the policy."""
         load_model(self.critic, str(folder / "critic.safetensors"))
         if self.args.kl_target is not None:  # a fixed coefficient is that of the settings
             state = json.loads((folder / "kl_coefficient.json").read_text())

@@ -1,5 +1,6 @@
-"""What PPO reads, checked whole before any work: prompts, and the vocabulary they are made of."""
+"""What PPO reads, checked whole before any work: prompts, and the models that are to read them."""
 
+import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -55,14 +56,24 @@ def check_prompt_data(
             raise ValueError(f"{which}, rows {begin} to {end}: {error}") from error
 
 
-def check_vocabularies(
-    model: nn.Module, ref_model: nn.Module | None, tokenizer: PreTrainedTokenizerBase
+def check_models(
+    model: nn.Module,
+    ref_model: nn.Module | None,
+    tokenizer: PreTrainedTokenizerBase,
+    args: PPOConfig,
 ) -> None:
-    """Refuses a policy that does not know its tokenizer's tokens, or not the reference's.
+    """Refuses weights that bf16 autocast cannot be mixed with, and different vocabularies.
 
     Raises:
-        ValueError: with both numbers, and what makes them equal.
+        ValueError: float64 or float16 weights; a head without rows for all the tokenizer's tokens,
+            or with other rows than the reference's; it says what to do.
     """
+    dtypes = {p.dtype for p in model.parameters()} & {torch.float64, torch.float16}
+    if args.bf16 and dtypes:
+        raise ValueError(
+            f"bf16 is on (the default where the hardware is fast at it) and model has weights in "
+            f"{dtypes.pop()}: set bf16=False, or train float32 weights (model.float())"
+        )
     rows = vocabulary_of(output_head(model))
     if rows < len(tokenizer):
         raise ValueError(

@@ -43,6 +43,8 @@ class RunArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.max_grad_norm is None:
+            self.max_grad_norm = 0.0  # transformers' loop compares it, and 0 does not clip
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast()  # pyright: ignore[reportIncompatibleVariableOverride]
         if not torch.accelerator.is_available():

@@ -82,6 +82,7 @@ def test_an_estimator_that_does_not_fit_the_default_placement_is_refused(make_tr
         ({"missing_eos_penalty": -1.0}, "missing_eos_penalty is -1.0; it must be >= 0"),
         ({"gradient_checkpointing": True}, "gradient_checkpointing has no effect"),
         ({"fp16": True}, "use bf16"),
+        ({"metric_for_best_model": "loss"}, "set it to objective/scores"),
         ({"kl_target": 6.0, "kl_coef": 0.0}, "needs initial > 0"),
         ({"kl_target": -1.0}, "target is -1.0"),
         ({"kl_target": 6.0, "kl_horizon": 1.0}, "horizon"),
@@ -156,6 +157,12 @@ def test_a_prompt_that_is_too_long_for_the_reference_alone_is_refused(make_train
     with pytest.raises(ValueError, match="come to 11 tokens, and the model has 8 positions"):
         make_trainer(ref_model=ref_model)
     make_trainer(ref_model=ref_model, max_prompt_length=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_weights_that_autocast_cannot_be_mixed_with_are_refused(make_trainer, make_lm, dtype):
+    with pytest.raises(ValueError, match=r"model has weights in torch.float.*bf16=False"):
+        make_trainer(model=make_lm().to(dtype), bf16=True)
 
 
 def test_a_second_adapter_is_refused(make_trainer, make_lm, lora):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from reward_models import LexiconReward
 from rlkl.models import load_causal_lm
@@ -36,6 +37,7 @@ def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         {"lora": True, "bf16": True, "num_mini_batches": 4},
         {"dropout": True},
         {"pad_is_eos": False},
+        {"float64": True},
     ],
     ids=str,
 )
@@ -47,6 +49,8 @@ def test_at_the_first_update_every_kl_is_zero_and_every_ratio_one(
     if changes.pop("dropout", False):
         dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.5)
         model = make_lm(vocab_size=34, **dropout).train()
+    if changes.pop("float64", False):
+        model = model.double()
     if changes.pop("lora", False):
         changes["peft_config"] = lora
     tokenizer = make_tokenizer(pad_is_eos=changes.pop("pad_is_eos", True))
@@ -318,6 +322,46 @@ def test_several_evaluation_sets_are_measured_each_under_its_name(make_trainer, 
     metrics = trainer.evaluate()
     assert sorted(name for name in metrics if described(name) is None) == []
     assert described("eval_all_of_it_kl/rb_se") == described("kl/rb_se")
+
+
+def test_an_evaluation_samples_as_many_responses_to_a_prompt_as_training(make_trainer, prompts):
+    scored = []
+
+    def reward(prompts: list[str], responses: list[str]) -> torch.Tensor:
+        scored.extend(prompts)
+        return torch.zeros(len(responses))
+
+    make_trainer(num_generations=3, reward_funcs=reward).evaluate(prompts.select([0, 1]))
+    assert scored == [prompts[i]["prompt"] for i in (0, 0, 0, 1, 1, 1)]
+
+
+def test_the_best_model_comes_back_with_its_critic(make_trainer, prompts, tmp_path):
+    trainer = make_trainer(
+        max_steps=3,
+        eval_dataset=prompts,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="kl/rb",
+        greater_is_better=False,
+    )
+    trainer.train()
+    best = tmp_path / "run" / "checkpoint-1"  # the nearest to the start
+    assert trainer.state.best_model_checkpoint == str(best)
+    saved = load_file(best / "critic.safetensors")
+    assert all(torch.equal(value, saved[k]) for k, value in trainer.critic.state_dict().items())
+
+
+def test_no_largest_gradient_is_no_clipping(make_trainer):
+    weights = []
+    for largest in (None, 0.0, 1e-3):
+        trainer = make_trainer(max_grad_norm=largest, max_steps=1)
+        trainer.train()
+        weights.append(trainer.critic.head.weight)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
 def test_an_evaluation_before_training_stays_in_the_metrics(make_trainer, prompts, tmp_path):
