@@ -13,25 +13,40 @@ from rlkl.models import Critic, output_head, reference_model, response_hidden
 from rlkl.rollout.records import Responses, Rollout, TokenRecord, scatter_tokens
 
 
-def score_responses(reward: RewardModel, responses: Responses) -> Tensor:
-    """[B] scores of the responses' texts, float32.
+def score_responses(
+    reward: RewardModel, responses: Responses, name: str = "the reward model"
+) -> Tensor:
+    """[B] scores of the responses' texts, float32. `name` is what a complaint calls the model.
 
     Raises:
         ValueError: the reward model does not give one finite score per response.
     """
-    scores = torch.as_tensor(reward(responses.prompts, responses.texts), dtype=torch.float32)
-    if scores.shape != (len(responses),):
+    scores = _finite_scores(reward, responses.prompts, responses.texts, name)
+    return scores.to(responses.mask.device)
+
+
+def _finite_scores(
+    reward: RewardModel, prompts: Sequence[str], texts: Sequence[str], name: str
+) -> Tensor:
+    given = reward(prompts, texts)
+    try:
+        scores = torch.as_tensor(given, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"the reward model gave scores of shape {tuple(scores.shape)} "
-            f"for {len(responses)} responses; one score each is needed"
+            f"{name} gave {given!r:.60}, which are no numbers; one score is needed for each of the "
+            f"{len(texts)} responses"
+        ) from error
+    if scores.shape != (len(texts),):
+        raise ValueError(
+            f"{name} gave scores of shape {tuple(scores.shape)} "
+            f"for {len(texts)} responses; one score each is needed"
         )
     if not bool(scores.isfinite().all()):
         worst = int((~scores.isfinite()).nonzero()[0])
         raise ValueError(
-            f"the reward model gave {float(scores[worst])} for {responses.texts[worst]!r}; "
-            "scores must be finite"
+            f"{name} gave {float(scores[worst])} for {texts[worst]!r}; scores must be finite"
         )
-    return scores.to(responses.mask.device)
+    return scores
 
 
 class PolicyPass(NamedTuple):
@@ -144,18 +159,29 @@ def collect_rollout(
         scores=score_responses(reward, responses),
         tokens=tokens,
         other_scores={
-            name: score_responses(judge, responses) for name, judge in (judges or {}).items()
+            name: score_responses(judge, responses, f"the judge {name!r}")
+            for name, judge in (judges or {}).items()
         },
     )
 
 
 class SumOfRewards:
-    """A reward model whose score is the sum of several's."""
+    """A reward model whose score is the sum of several's, added in float32."""
 
     def __init__(self, rewards: Sequence[RewardModel]) -> None:
+        """Args: the reward models, at least one."""
+        if not rewards:
+            raise ValueError("reward_funcs is empty: give one reward model or more")
         self.rewards = list(rewards)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        """[B] sums."""
-        scores = [torch.as_tensor(reward(prompts, responses)) for reward in self.rewards]
-        return torch.stack(scores).sum(0)
+        """[B] sums.
+
+        Raises:
+            ValueError: one of the models does not give one finite score per response.
+        """
+        scores = [
+            _finite_scores(reward, prompts, responses, f"reward model {i} of {len(self.rewards)}")
+            for i, reward in enumerate(self.rewards, 1)
+        ]
+        return torch.stack([each.cpu() for each in scores]).sum(0)

@@ -181,15 +181,44 @@ def test_several_rewards_are_added_and_judges_are_kept_apart(lm, ref, responses)
 @pytest.mark.parametrize(
     ("scores", "complaint"),
     [
-        (torch.zeros(6, 2), r"scores of shape \(6, 2\) for 6 responses; one score each"),
-        (torch.zeros(5), r"scores of shape \(5,\) for 6 responses"),
+        (torch.zeros(6, 2), r"gave scores of shape \(6, 2\) for 6 responses; one score each"),
+        (torch.zeros(5), r"gave scores of shape \(5,\) for 6 responses"),
         (torch.tensor([0, 0, math.nan, 0, 0, 0]), "gave nan for .* must be finite"),
         (torch.tensor([0, math.inf, 0, 0, 0, 0]), "gave inf for .* must be finite"),
+        (None, "gave None, which are no numbers; one score .* of the 6 responses"),
+        ([None] * 6, r"gave \[None, None, .*no numbers"),
     ],
 )
-def test_scores_that_are_not_one_finite_number_each_are_refused(responses, scores, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        score_responses(lambda prompts, texts: scores, responses)
+def test_scores_that_are_not_one_finite_number_each_are_refused(
+    lm, ref, responses, scores, complaint
+):
+    def bad(prompts, texts):
+        return scores
+
+    with pytest.raises(ValueError, match=f"the reward model {complaint}"):
+        score_responses(bad, responses)
+    rewards = SumOfRewards([LexiconReward(), bad])
+    with pytest.raises(ValueError, match=f"reward model 2 of 2 {complaint}"):
+        score_responses(rewards, responses)
+    record = token_statistics(lm, ref, responses)
+    with pytest.raises(ValueError, match=f"the judge 'held_out' {complaint}"):
+        collect_rollout(responses, LexiconReward(), record, {"held_out": bad})
+
+
+@pytest.mark.parametrize(
+    ("large", "dtype"), [(60_000.0, torch.float16), (2048.0, torch.bfloat16), (255, torch.uint8)]
+)
+def test_several_rewards_are_added_in_float32(large, dtype):
+    first, second = (
+        lambda prompts, texts, value=value: torch.tensor([value], dtype=dtype)
+        for value in (large, 1)
+    )
+    assert SumOfRewards([first, second])(["the"], ["film"]).tolist() == [large + 1]
+
+
+def test_no_reward_model_is_refused():
+    with pytest.raises(ValueError, match="reward_funcs is empty"):
+        SumOfRewards([])
 
 
 # --- the summary --------------------------------------------------------------------------------
