@@ -90,7 +90,8 @@ def run() -> None:
         set_threads(task.threads)
         trainer, tokenizer, held_out, judge = _prepare(task, args, model_args, console)
         output_dir = Path(str(args.output_dir))
-        checkpoint = _unfinished(output_dir, {**asdict(task), **args.to_dict()}, console)
+        settings = {**asdict(task), **model_args.__dict__, **args.to_dict()}
+        checkpoint = _unfinished(output_dir, settings, console)
     with trainer.tracked(resume=checkpoint is not None):
         trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.state.global_step < trainer.state.max_steps:
