@@ -82,7 +82,7 @@ def _data_set(source: str) -> Dataset:
 
 
 def _read(path: Path, column: str) -> list[str]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".txt":
             return [line.rstrip() for line in file if line.strip()]
         if path.suffix == ".csv":

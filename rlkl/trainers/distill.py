@@ -73,8 +73,9 @@ class DistillTrainer(TextTrainer):
         callbacks: further transformers callbacks.
 
     Raises:
-        ValueError: columns that the settings do not work with, an empty text, a head smaller than
-            the tokenizer, a row longer than a model's positions, a teacher that is the student.
+        ValueError: columns that the settings do not work with, no rows, an empty text, a head
+            smaller than the tokenizer, a row longer than a model's positions, a teacher that is the
+            student, an adapter and a `peft_config`.
     """
 
     args: DistillConfig
@@ -91,6 +92,8 @@ class DistillTrainer(TextTrainer):
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
+        if peft_config is not None and isinstance(model, PeftModel):
+            raise ValueError("the model has an adapter already: leave peft_config out")
         if peft_config is not None:
             set_seed(args.seed)  # the adapter's start is drawn; the Trainer seeds later
             model = get_peft_model(model, peft_config)  # pyright: ignore[reportArgumentType]

@@ -54,6 +54,8 @@ def check_texts(
     Raises:
         ValueError: says which column, or which row, and what to do.
     """
+    if len(data) == 0:
+        raise ValueError(f"{which} has no rows: give it at least one")
     columns = data.column_names
     if "text" in columns and "prompt" not in columns:
         needed = ["text"]

@@ -38,6 +38,15 @@ def test_a_line_separator_inside_a_json_text_is_no_end_of_line(tmp_path):
     assert load_prompts(path)["prompt"] == ["one\u2028two"]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("p.csv", "prompt\r\na film\r\n"), ("p.txt", "a film"), ("p.jsonl", '{"prompt": "a film"}')],
+)
+def test_files_may_begin_with_a_byte_order_mark(name, text, tmp_path):
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")  # as Excel and Notepad write
+    assert load_prompts(tmp_path / name)["prompt"] == ["a film"]
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such file of prompts: .*none\.txt"):
         load_prompts(tmp_path / "none.txt")
