@@ -228,7 +228,7 @@ def token_ratio_surrogate(
 
 
 def _weighted(weights: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    """weights · k, 0 where masked and where the weight is 0: there k may be nan or infinite."""
+    """Weights · k, 0 where masked and where the weight is 0: there k may be nan or infinite."""
     return weights * torch.where(mask & (weights != 0), k, 0.0)
 
 

@@ -7,7 +7,7 @@ step is one pass of the trunk, one product with the head, and one draw.
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from rlkl.kl import head_logits
 from rlkl.models import at_least_float32, output_head, position_ids
 from rlkl.models.language_model import causal_lm, check_positions, trunk_of
+from rlkl.models.tokenizers import padding_id
 from rlkl.rollout.cache import reserved_cache
 from rlkl.rollout.records import Responses
 
@@ -46,7 +47,7 @@ def encode_prompts(
             ids = opening + ids
         rows.append(ids if max_length is None else ids[-max_length:])
     width = max(map(len, rows))
-    token_ids = torch.full((len(rows), width), cast(int, tokenizer.pad_token_id))
+    token_ids = torch.full((len(rows), width), padding_id(tokenizer))
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     for i, row in enumerate(rows):
         token_ids[i, width - len(row) :] = torch.tensor(row)
@@ -173,7 +174,7 @@ def sample_responses(
     lengths = prompt_mask.sum(1)
     check_positions(model, int(lengths.max()) + max_new_tokens - 1)  # the last is not read
     order = torch.argsort(lengths, stable=True)
-    pad_token_id = cast(int, tokenizer.pad_token_id)
+    pad_token_id = padding_id(tokenizer)
     tokens = torch.full((len(prompts), max_new_tokens), pad_token_id)
     mask = torch.zeros(len(prompts), max_new_tokens, dtype=torch.bool)
     ended = torch.zeros(len(prompts), dtype=torch.bool)

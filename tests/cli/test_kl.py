@@ -156,7 +156,7 @@ def test_completions_are_replayed(monkeypatch, tmp_path, capsys, models):
         (["--html", "/"], "it is a folder"),
         (["--json", "/nowhere/kl.json"], "there is no folder /nowhere"),
         (["--prompt-tokens", "0"], "must be at least 1"),
-        (["--max-new-tokens", "100"], "the models take 64 in all"),
+        (["--max-new-tokens", "100"], "the models take 64 and one"),
     ],
 )
 def test_nonsense_is_one_line_and_exit_code_2(monkeypatch, capsys, models, words, complaint):
