@@ -24,9 +24,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """
     kind = "csv" if ".csv" in path.suffixes else "json"
     try:
-        with fsspec.open(
+        opened: Any = fsspec.open(
             str(path), "rt", encoding="utf-8-sig", newline="", compression="infer"
-        ) as file:
+        )
+        with opened as file:
             return _csv_rows(file) if kind == "csv" else _json_rows(file.read())
     except (ValueError, csv.Error, EOFError, lzma.LZMAError) as error:
         raise ValueError(f"{path} cannot be read as {kind}: {error}") from error
