@@ -17,7 +17,11 @@ def bf16_is_fast() -> bool:
 
 @dataclass
 class RunArguments(TrainingArguments):
-    """transformers.TrainingArguments with defaults for batches of texts, and the W&B run's name."""
+    """transformers.TrainingArguments with defaults for batches of texts, and the W&B run's name.
+
+    ``report_to`` keeps transformers' default "none": logs are files in ``output_dir``, and nothing
+    is sent anywhere. "wandb" adds a W&B run, offline without a key.
+    """
 
     wandb_project: str = field(default="rlkl", metadata={"help": "W&B project."})
     wandb_group: str | None = field(
