@@ -7,12 +7,12 @@ from transformers import TrainingArguments
 
 
 def bf16_is_fast() -> bool:
-    """Whether this machine multiplies bfloat16 matrices in hardware: an accelerator, or AMX on a
-    CPU.
+    """Whether this machine multiplies bfloat16 in hardware: an accelerator, or a CPU's AMX or
+    AVX-512 (Cooper Lake, Zen 4).
     """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 @dataclass
