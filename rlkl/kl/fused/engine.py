@@ -115,12 +115,12 @@ class Chunk(Buffers):
         far = ~(torch.maximum(here.t_max, excess) < MAX_T)  # also where it is NaN
         far |= alone & (logp == -torch.inf)  # the reference's logit of the token is gone
         if problem.divergence.read is not None:
-            kl, outside = here.kl, problem.divergence.outside
+            kl, gain = here.kl, problem.divergence.gain
             ref_logp, value = logp + here.t_token - kl, here.other
-            if outside is None:
+            if gain is None:
                 far |= alone
             else:
-                value.add_((excess - kl).exp().div_(here.p_sum), alpha=outside)
+                value.add_((excess - kl).exp().div_(here.p_sum), alpha=gain)
         elif problem.ref_logp is not None:
             ref_logp = problem.ref_logp[self.start : self.start + len(logp), None]
             value = (logp - ref_logp).add_(here.t.gather(1, here.tokens)).clamp_(min=0)

@@ -71,7 +71,7 @@ class RowDivergence(NamedTuple):
     which the engine has already, X = t."""
     dense: Callable[[Tensor, Tensor, Tensor], Tensor]
     """Logits [n, V] of policy and reference, tokens [n, 1] -> [n]; differentiable."""
-    outside: float | None
+    gain: float | None
     """Its gain per unit of the reference's probability of tokens that the policy forbids, which
     `read` does not see. None: it may be infinite."""
 
@@ -116,14 +116,14 @@ def row_divergence(divergence: str | Divergence | TopK) -> RowDivergence:
     if name not in readers:
         known = ", ".join(readers)
         raise ValueError(f"divergence {name!r} has no fused form; these have: rkl, {known}")
-    outside: float | None = None
+    gain: float | None = None
     if name == "js":
-        outside = -math.log(weight) * (1 / (1 - weight) if scaled else weight)
+        gain = -math.log(weight) * (1 / (1 - weight) if scaled else weight)
     elif name == "skew_fkl" and alpha > 0:
-        outside = alpha - 1 - math.log(alpha)
+        gain = alpha - 1 - math.log(alpha)
     elif name == "skew_rkl":
-        outside = 1 - alpha
-    return RowDivergence(readers[name], dense, outside)
+        gain = 1 - alpha
+    return RowDivergence(readers[name], dense, gain)
 
 
 def _topk(k: int) -> RowDivergence:

@@ -147,7 +147,7 @@ def test_tokens_that_the_policy_alone_forbids_are_read_as_others_are(
     expected, ref_logp = divergence(*logits(truth, 0.9)), naive(case, 0.9).ref_logp
     w = weights(len(case.tokens))[0]
     expected_gradients = gradients((w * expected).sum(), leaves)
-    if row_divergence(divergence).outside is not None:
+    if row_divergence(divergence).gain is not None:
         assert expected.isfinite().all()
         monkeypatch.delattr(engine.Chunk, "_far_divergence")
     if passes == "torch_rows":
