@@ -206,11 +206,7 @@ def _refuse_filters(filters: dict[str, Any]) -> None:
 def _load_prompts(source: str | None, column: str) -> list[str]:
     from rlkl.data import EMBEDDED_EVAL_PROMPTS, load_prompts
 
-    prompts = list(load_prompts(source or EMBEDDED_EVAL_PROMPTS, column)["prompt"])
-    for number, prompt in enumerate(prompts, 1):
-        if not isinstance(prompt, str):
-            fail(f"prompt {number} of {source} is {prompt!r}; it must be a text")
-    return prompts
+    return list(load_prompts(source or EMBEDDED_EVAL_PROMPTS, column)["prompt"])
 
 
 def _load_models(policy: str, ref: str, dtype: str, device: str) -> Any:

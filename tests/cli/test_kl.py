@@ -187,7 +187,7 @@ def test_a_prompt_that_is_no_text_is_refused(monkeypatch, capsys, tmp_path, mode
     file = tmp_path / "p.jsonl"
     file.write_text(json.dumps({"prompt": prompt}) + "\n")
     assert run(monkeypatch, *models, "--prompts", str(file)) == 2
-    assert f"is {prompt!r}; it must be a text" in capsys.readouterr().err
+    assert f"prompt 0 is no text but {prompt!r}: leave such rows out" in capsys.readouterr().err
 
 
 def test_max_samples_ends_the_sampling_in_any_case(monkeypatch, capsys, models, prompts):
