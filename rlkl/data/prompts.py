@@ -119,7 +119,7 @@ def _read(path: Path, column: str) -> list[Any]:
             rows = [_json_row(path, i, line) for i, line in enumerate(file, 1) if line.strip()]
     without = [row for row in rows if column not in row]
     if without:
-        raise ValueError(f"{path} has the columns {sorted(without[0])}, not {column!r}")
+        raise ValueError(f"{path} has the columns {sorted(map(str, without[0]))}, not {column!r}")
     return [row[column] for row in rows]
 
 

@@ -54,6 +54,11 @@ class RunArguments(TrainingArguments):
                 "smaller batches"
             )
         super().__post_init__()
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise ValueError(
+                f"max_steps is {self.max_steps} and num_train_epochs {self.num_train_epochs}: "
+                "nothing would be trained; make one of them positive"
+            )
 
     @property
     def gemm_dtype(self) -> torch.dtype | None:

@@ -53,6 +53,7 @@ def test_a_missing_file_is_named(tmp_path):
         ("p.jsonl", '{"text": "a"}\n', r"has the columns \['text'\], not 'prompt'"),
         ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "'prompt'"),
         ("p.jsonl", '{"prompt": null}\n', "p.jsonl: prompt 0 is no text but None: leave"),
+        ("p.csv", "x,y\n1,2,3\n", r"has the columns \['None', 'x', 'y'\], not 'prompt'"),
         ("p.jsonl", '{"prompt": 0}\n', "prompt 0 is no text but 0"),
         ("p.jsonl", '{"prompt": [{"role": "user"}]}\n', "become a text by .*apply_chat_template"),
         ("p.jsonl", "not json\n", r"p.jsonl, line 1 is no JSON object: 'not json'"),

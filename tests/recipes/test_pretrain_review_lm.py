@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parents[2] / "recipes" / "pretrain_review_lm.py"
     [
         ({"--threads": "0"}, "threads is 0; give at least 1"),
         ({"--train_data": "none.jsonl"}, "no such file: none.jsonl"),
-        ({"--output_dir": "reviews.jsonl"}, "File exists: 'reviews.jsonl'"),
+        ({"--output_dir": "reviews.jsonl"}, "cannot use 'reviews.jsonl': File exists"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(changes, complaint, tmp_path, monkeypatch, capsys):
