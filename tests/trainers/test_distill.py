@@ -346,6 +346,7 @@ def test_the_held_out_loss_is_the_loss_that_is_trained(make_distiller, pairs):
     [
         ({"loss": "kl"}, "divergence 'kl' is unknown; use one of fkl"),
         ({"ce_weight": 1.5}, "ce_weight is 1.5; it must lie in"),
+        ({"per_device_train_batch_size": -1}, "per_device_train_batch_size is -1; it must be at"),
         ({"max_steps": -5, "num_train_epochs": -1}, "make one of them positive"),
         ({"temperature": 0.0}, "temperature is 0.0; it must be > 0"),
         ({"temperature": math.inf}, "temperature is inf; it must be > 0 and finite"),
