@@ -6,6 +6,8 @@ from typing import Any, cast
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from rlkl.data.prompts import check_text
+
 INSTRUCTION_TEMPLATE = (
     "Below is an instruction that describes a task.\n"
     "Write a response that appropriately completes the request.\n\n"
@@ -105,10 +107,7 @@ def _answer(value: Any) -> str:
 
 def _written(value: Any, name: str) -> str:
     if isinstance(value, list | dict):
-        raise ValueError(
-            f"{name} is no text but {value!r:.60}; chat messages become a text by "
-            "tokenizer.apply_chat_template(..., tokenize=False)"
-        )
+        check_text(value, name)
     return str(value)
 
 

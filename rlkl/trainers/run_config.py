@@ -54,6 +54,14 @@ class RunArguments(TrainingArguments):
                 "smaller batches"
             )
         super().__post_init__()
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise ValueError(
+                f"max_steps is {self.max_steps} and num_train_epochs {self.num_train_epochs}: "
+                "nothing would be trained; make one of them positive"
+            )
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
     @property
     def gemm_dtype(self) -> torch.dtype | None:
