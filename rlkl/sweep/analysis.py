@@ -46,6 +46,7 @@ class Frontier:
     reference_point: tuple[float, float]
     share_on_front: dict[str, Estimate]
     hypervolume: dict[str, Estimate]
+    """Of the arms that have a run of every configuration: fewer cover less."""
     hypervolume_difference: dict[tuple[str, str], Estimate]
     surfaces: dict[str, list[tuple[float, float]]]
     """Median attainment surface of each arm: corners, by rising KL."""
@@ -83,7 +84,8 @@ def frontier(result: SweepResult, measure: Measure = "reward", resamples: int = 
         each = replicas.hypervolumes(drawn, reference_point)
         return np.concatenate([each, each[first] - each[second]])
 
-    covered = replicas.interval(volumes, resamples=resamples)
+    covered = replicas.interval(volumes, [*([arm] for arm in arms), *pairs], resamples)
+    whole = set(arms) - {cell.arm for cell in result.missing if not cell.measured}
     within = replicas.best_within(kls)
     surfaces = {}
     for arm in arms:
@@ -97,8 +99,12 @@ def frontier(result: SweepResult, measure: Measure = "reward", resamples: int = 
         on_front=pareto_front(values).tolist(),
         reference_point=reference_point,
         share_on_front=dict(zip(arms, shares, strict=True)),
-        hypervolume=dict(zip(arms, covered[: len(arms)], strict=True)),
-        hypervolume_difference=dict(zip(pairs, covered[len(arms) :], strict=True)),
+        hypervolume={arm: e for arm, e in zip(arms, covered, strict=False) if arm in whole},
+        hypervolume_difference={
+            pair: e
+            for pair, e in zip(pairs, covered[len(arms) :], strict=True)
+            if whole.issuperset(pair)
+        },
         surfaces=surfaces,
         attained={
             arm: replicas.percentiles(
@@ -142,7 +148,7 @@ def _compare(replicas: Replicas, first: str, second: str, resamples: int) -> Com
         at = replicas.reward_at(drawn, first, kls) - replicas.reward_at(drawn, second, kls)
         return np.append(at, np.trapezoid(at, kls) / (span[1] - span[0]))
 
-    estimates = replicas.interval(difference, [first, second], resamples)
+    estimates = replicas.interval(difference, [(first, second)] * (GRID + 1), resamples)
     return Comparison(first, second, kls.tolist(), estimates[:-1], estimates[-1])
 
 

@@ -65,7 +65,9 @@ def frontier_json(analysis: Analysis) -> dict[str, Any]:
     ``points``, ``share_on_front`` and ``hypervolume`` (each {value, ci95}),
     ``hypervolume_difference``, ``reference_point`` [KL, reward], ``optimal`` [[KL, reward,
     trusted], …], ``best_of_n`` [[n, KL bound, reward], …], ``comparisons`` at equal KL,
-    ``over_optimisation``, and under ``judge`` the same by the judge's score.
+    ``over_optimisation``, under ``judge`` the same by the judge's score, ``failed`` with notes, and
+    ``missing`` [{label, seed}, …]: cells without a measurement. An arm that lacks a run of one of
+    its configurations has no hypervolume.
     """
     record = {"name": analysis.result.name, "points": point_rows(analysis)}
     record |= _measure(analysis, analysis.reward)
@@ -76,6 +78,7 @@ def frontier_json(analysis: Analysis) -> dict[str, Any]:
         for arm, found in analysis.over_optimised.items()
     }
     record["failed"] = analysis.result.failed
+    record["missing"] = [{"label": c.label, "seed": c.seed} for c in analysis.result.missing]
     return record
 
 

@@ -180,7 +180,7 @@ class Replicas:
     def interval(
         self,
         statistic: Callable[[Int[np.ndarray, "C S"]], Float[np.ndarray, " K"]],
-        arms: Sequence[str] | None = None,
+        rests_on: Sequence[Sequence[str]] | None = None,
         resamples: int = 500,
         bounds: tuple[float, float] = (-np.inf, np.inf),
         seed: int = 0,
@@ -193,11 +193,13 @@ class Replicas:
         (`variance_shares`). A bootstrap of n values has a variance too small by (n − 1)/n: the root
         mends it. t is Student's with the degrees of freedom of Σ_c v_c (`satterthwaite`), n_c − 1
         for each c: a number that rests on one configuration has its n_c − 1, a mean over many
-        nearly those of all. Cut at `bounds`. No interval where the configurations of `arms` (all)
-        have but one replica each.
+        nearly those of all. Cut at `bounds`. `rests_on` names the arms of each number (all arms);
+        where one of their configurations has but one replica, whose spread nobody knows, the number
+        has no interval.
         """
         value = np.asarray(statistic(self.original()), dtype=float)
-        if not self._replicated(arms):
+        known = [self._replicated(arms) for arms in rests_on or [self.names] * len(value)]
+        if not any(known):
             return [Estimate(float(v), None) for v in value]
         draws = np.array([statistic(drawn) for drawn in self.resamples(resamples, seed)])
         counts = np.array([len(runs) for runs in self.replicas])[:, None]
@@ -208,12 +210,13 @@ class Replicas:
         widened = np.sqrt(shares.sum(0) / (shares * (counts - 1) / counts).sum(0))
         half = stats.t.ppf(0.975, satterthwaite(shares, counts - 1)) * widened * draws.std(axis=0)
         low, high = np.maximum(value - half, bounds[0]), np.minimum(value + half, bounds[1])
-        return _estimates(value, low, high)
+        found = _estimates(value, low, high)
+        return [e if k else Estimate(e.value, None) for e, k in zip(found, known, strict=True)]
 
     def percentiles(
         self,
         statistic: Callable[[Int[np.ndarray, "C S"]], Float[np.ndarray, " K"]],
-        arms: Sequence[str] | None = None,
+        arms: Sequence[str],
         resamples: int = 500,
         seed: int = 0,
     ) -> list[Estimate]:
@@ -221,7 +224,8 @@ class Replicas:
 
         For statistics that jump from one run to another, whose spread says nothing of their range:
         the limits are values that some seeds have given, and rise with the statistic. Of few seeds
-        they hold the truth less often than in 95% of cases.
+        they hold the truth less often than in 95% of cases. None where a configuration of `arms`
+        has but one replica.
         """
         value = np.asarray(statistic(self.original()), dtype=float)
         if not self._replicated(arms):
@@ -250,11 +254,9 @@ class Replicas:
                 share += (statistic(replaced) - value) ** 2 / 2
         return shares
 
-    def _replicated(self, arms: Sequence[str] | None) -> bool:
-        return any(
-            len(runs) > 1
-            for runs, arm in zip(self.replicas, self.arms, strict=True)
-            if arms is None or arm in arms
+    def _replicated(self, arms: Sequence[str]) -> bool:
+        return all(
+            len(runs) > 1 for runs, arm in zip(self.replicas, self.arms, strict=True) if arm in arms
         )
 
     # ---- statistics of drawn runs ----------------------------------------------------------------
@@ -265,6 +267,16 @@ class Replicas:
 
     def _arm_rows(self, arm: str) -> Int[np.ndarray, " A"]:
         return np.array([c for c, name in enumerate(self.arms) if name == arm])
+
+    def whole_sets(self, drawn: Int[np.ndarray, "C S"], arm: str) -> Int[np.ndarray, "A Z"]:
+        """Z sets of one run of every configuration of an arm; Z: replicas of that which has most.
+
+        A configuration with fewer replicas takes part in the later sets with its first ones again.
+        A set that lacked it would cover and attain less, whatever the runs are worth.
+        """
+        rows = drawn[self._arm_rows(arm)]
+        counts = (rows >= 0).sum(1, keepdims=True)
+        return np.take_along_axis(rows, np.arange(counts.max()) % counts, axis=1)
 
     def share_on_front(self, drawn: Int[np.ndarray, "C S"]) -> Float[np.ndarray, " A"]:
         """Share of the common front's points that each arm has; the shares add up to 1."""
@@ -277,12 +289,10 @@ class Replicas:
     def hypervolumes(
         self, drawn: Int[np.ndarray, "C S"], reference_point: tuple[float, float]
     ) -> Float[np.ndarray, " A"]:
-        """Hypervolume of each arm: the mean over the sets, which more seeds do not raise."""
+        """Hypervolume of each arm: the mean over its whole sets, which more seeds do not raise."""
         volumes = []
         for arm in self.names:
-            rows = drawn[self._arm_rows(arm)]
-            filled = [column[column >= 0] for column in rows.T]
-            sets = [self.points[self.points_of(runs)] for runs in filled if len(runs)]
+            sets = [self.points[self.points_of(runs)] for runs in self.whole_sets(drawn, arm).T]
             volumes.append(np.mean([hypervolume(s, reference_point) for s in sets]))
         return np.array(volumes)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from rlkl.sweep.fields import not_finite
 from rlkl.sweep.ledger import REFERENCE, Ledger
+from rlkl.sweep.spec import SearchSpec, SweepSpec
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,17 @@ class Point:
 
 
 @dataclass(frozen=True)
+class MissingCell:
+    """A cell of a sweep that has no point: it failed, is running or has not begun."""
+
+    arm: str
+    label: str
+    seed: int
+    measured: bool
+    """Whether its configuration has points of other seeds."""
+
+
+@dataclass(frozen=True)
 class SweepResult:
     """Everything a report is made of."""
 
@@ -63,6 +75,38 @@ class SweepResult:
     def ends(self) -> list[Point]:
         """The points at the ends of the runs."""
         return [point for point in self.points if point.last]
+
+    @property
+    def missing(self) -> list[MissingCell]:
+        """The cells without a point, by configuration.
+
+        A sweep's cells are what its spec says; where the records hold no grid, every configuration
+        that has a point with every seed that has one.
+        """
+        measured = {p.configuration: (p.arm, p.label) for p in self.points}
+        names, seeds = dict(measured), sorted({p.seed for p in self.points})
+        if "grid" in self.spec:
+            search = self.spec.get("search")
+            spec = SweepSpec(
+                name=self.name,
+                recipe="",
+                settings=self.spec.get("settings", {}),
+                grid=self.spec["grid"],
+                search=SearchSpec(**search) if search else None,
+            )
+            seeds = self.spec["seeds"]
+            for configuration in map(spec.configuration, range(spec.num_configurations)):
+                label = configuration.label
+                if search:  # which values it will have is not chosen yet
+                    label += f" (configuration {configuration.number})"
+                names.setdefault(configuration.number, (configuration.arm, label))
+        there = {(p.configuration, p.seed) for p in self.points}
+        return [
+            MissingCell(*names[number], seed, number in measured)
+            for number in sorted(names)
+            for seed in seeds
+            if (number, seed) not in there
+        ]
 
     def save(self, path: Path) -> None:
         """Writes records as JSON lines: the sweep itself first, then a line a point."""

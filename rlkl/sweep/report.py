@@ -17,7 +17,7 @@ import rlkl
 from rlkl.sweep import figures
 from rlkl.sweep.analysis import Comparison
 from rlkl.sweep.export import Analysis, analyse, frontier_json, write_csv
-from rlkl.sweep.findings import findings, percent, plain, signed
+from rlkl.sweep.findings import findings, missing_runs, percent, plain, signed
 from rlkl.sweep.records import SweepResult
 
 FILES = ("index.html", "frontier.png", "frontier.pdf", "points.csv", "frontier.json")
@@ -70,6 +70,7 @@ def page(analysis: Analysis) -> str:
         plotly=Markup(get_plotlyjs()),
         plots=plots,
         findings=findings(analysis),
+        missing=missing_runs(result),
         caption=_caption(analysis),
         compared="estimator",
         judged=analysis.judge is not None,
@@ -131,7 +132,10 @@ def _arm_rows(analysis: Analysis) -> list[dict[str, Any]]:
             "cells": [
                 cell
                 for f in fronts
-                for cell in (percent(f.share_on_front[arm]), plain(f.hypervolume[arm]))
+                for cell in (
+                    percent(f.share_on_front[arm]),
+                    plain(f.hypervolume[arm]) if arm in f.hypervolume else "–",
+                )
             ],
         }
         for arm in analysis.result.arms
@@ -140,13 +144,14 @@ def _arm_rows(analysis: Analysis) -> list[dict[str, Any]]:
 
 def _comparison_row(analysis: Analysis, comparison: Comparison) -> list[str]:
     d = comparison.difference
-    volume = analysis.reward.hypervolume_difference[comparison.first, comparison.second]
+    volumes = analysis.reward.hypervolume_difference
+    pair = comparison.first, comparison.second
     return [
         f"{comparison.first} − {comparison.second}",
         signed(comparison.mean),
         f"{comparison.kls[0]:.2f} to {comparison.kls[-1]:.2f}",
         *(signed(e) for e in (d[0], d[len(d) // 2], d[-1])),
-        signed(volume),
+        signed(volumes[pair]) if pair in volumes else "–",
     ]
 
 

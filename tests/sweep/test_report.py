@@ -112,6 +112,64 @@ def test_it_says_when_seeds_are_too_few_and_cells_failed(make_result):
     assert "1 cells failed" in said
 
 
+GRID = {
+    "seeds": [0, 1, 2],
+    "settings": {},
+    "grid": {"kl_coef": [1.0, 0.5, 0.333, 0.25], "kl_estimator": ["k1", "rb"]},
+    "search": None,
+}
+
+
+def test_missing_seeds_are_named_everywhere(make_result, tmp_path):
+    result = make_result()
+    gone = {"000-seed1", "003-seed1", "003-seed2"}
+    points = [p for p in result.points if p.run_id not in gone]
+    part = replace(result, points=points, spec=result.spec | GRID)
+    analysis = write_report(part, tmp_path)
+    first = findings(analysis)[0]
+    assert first["warn"]
+    assert (
+        "3 of 24 cells are missing (k1 kl_coef=1: seed 1; rb kl_coef=0.5: seeds 1, 2)."
+        in (first["text"])
+    )
+    assert "No hypervolume" not in first["text"]
+    assert "<li>rb kl_coef=0.5: seeds 1, 2</li>" in (tmp_path / "index.html").read_text()
+    stored = json.loads((tmp_path / "frontier.json").read_text())
+    assert stored["missing"][0] == {"label": "k1 kl_coef=1", "seed": 1}
+    assert len(stored["missing"]) == 3
+    assert replace(result, spec=result.spec | GRID).missing == []
+    assert replace(part, spec={}).missing == part.missing, "what other runs have is asked of each"
+
+
+def test_an_arm_without_a_run_of_each_configuration_has_no_hypervolume(make_result, tmp_path):
+    """As a sweep is looked at before its first seed is through: rb's last two have not begun."""
+    result = make_result(seeds=1)
+    points = [p for p in result.points if p.configuration not in (5, 7)]
+    part = replace(result, points=points, spec=result.spec | GRID)
+    analysis = write_report(part, tmp_path)
+    assert set(analysis.reward.hypervolume) == {"k1"}
+    assert analysis.reward.hypervolume_difference == {}
+    said = findings(analysis)[0]["text"]
+    assert "18 of 24 cells are missing" in said
+    assert "rb kl_coef=0.25: seeds 0, 1, 2" in said
+    assert "No hypervolume of rb" in said
+    stored = json.loads((tmp_path / "frontier.json").read_text())
+    assert set(stored["hypervolume"]) == {"k1"}
+
+
+def test_configurations_that_a_search_has_yet_to_choose_are_missing(make_result):
+    result = make_result(configurations=4, seeds=1)
+    spec = {
+        "seeds": [0],
+        "settings": {},
+        "grid": {"kl_estimator": ["k1", "rb"]},
+        "search": {"fields": {"kl_coef": {"low": 0.1, "high": 1.0}}, "configurations": 6},
+    }
+    missing = replace(result, spec=spec).missing
+    assert [c.label for c in missing] == ["k1 (configuration 4)", "rb (configuration 5)"]
+    assert not any(c.measured for c in missing)
+
+
 def test_the_json_has_the_documented_keys(make_result):
     record = frontier_json(analyse(make_result(), resamples=20))
     point = {"run_id", "estimator", "kl_coef", "seed", "kl", "kl_se", "reward", "reward_se"}
