@@ -89,8 +89,7 @@ def frontier(result: SweepResult, measure: Measure = "reward", resamples: int = 
     within = replicas.best_within(kls)
     surfaces = {}
     for arm in arms:
-        rows = original[[c for c, name in enumerate(replicas.arms) if name == arm]]
-        index = [replicas.points_of(column) for column in rows.T if (column >= 0).any()]
+        index = [replicas.points_of(runs) for runs in replicas.whole_sets(original, arm).T]
         sets = np.repeat(np.arange(len(index)), [len(i) for i in index])
         corners = attainment_surface(values[np.concatenate(index)], sets, 0.5)
         surfaces[arm] = [(float(kl), float(score)) for kl, score in corners]

@@ -310,12 +310,11 @@ class Replicas:
         best_within: Float[np.ndarray, "R K"],
         floor: float,
     ) -> Float[np.ndarray, " K"]:
-        """Reward that at least half of an arm's sets attain within each of K KLs.
+        """Reward that at least half of an arm's whole sets attain within each of K KLs.
 
         The floor is the reward of the reference itself, which every set attains with no KL.
         """
-        rows = drawn[self._arm_rows(arm)]
-        best = np.where(rows[..., None] >= 0, best_within[rows], -np.inf).max(0)  # [S, K]
+        best = best_within[self.whole_sets(drawn, arm)].max(0)  # [Z, K]
         best = np.sort(np.maximum(best, floor), axis=0)[::-1]
         return best[int(np.ceil(len(best) / 2)) - 1]
 

@@ -232,6 +232,36 @@ def test_the_median_attainment_band_is_the_surface(make_result):
             assert attained.value == pytest.approx(max([0.0, *within]))
 
 
+def test_what_half_of_the_seeds_attain_is_of_the_arms_own_seeds(make_result):
+    """One seed of rb and none missing of k1: rb attains what that seed does, and k1 as before."""
+    result = make_result(seeds=5)
+    points = [p for p in result.points if p.arm == "k1" or p.seed == 0]
+    front = frontier(replace(result, points=points), resamples=20)
+    alone = [p for p in points if p.arm == "rb"]
+    for kl, attained in zip(front.kls, front.attained["rb"], strict=True):
+        assert attained.value == max([0.0, *(p.reward for p in alone if p.kl <= kl)])
+    whole = frontier(result, resamples=20)
+    assert front.attained["k1"][-1].value == whole.attained["k1"][-1].value
+
+
+def test_a_set_attains_with_every_configuration_though_one_has_fewer_seeds(make_result):
+    """Where the seeds are worth the same, one seed of the best configuration is as good as three;
+    band and surface agree.
+    """
+    result = make_result()
+    first = {p.configuration: p for p in result.points if p.seed == 0}
+    same = [
+        replace(p, kl=first[p.configuration].kl, reward=first[p.configuration].reward)
+        for p in result.points
+    ]
+    whole = frontier(replace(result, points=same), resamples=2)
+    best = max((p for p in same if p.arm == "rb"), key=lambda p: p.reward).configuration
+    part = [p for p in same if p.configuration != best or p.seed == 0]
+    front = frontier(replace(result, points=part), resamples=2)
+    assert [e.value for e in front.attained["rb"]] == [e.value for e in whole.attained["rb"]]
+    assert front.surfaces == whole.surfaces
+
+
 def test_at_equal_kl_the_difference_is_that_of_the_interpolated_curves(make_result):
     """rb at KL x has 2 log(1 + x), k1 2 log(1 + x/1.3), up to noise of 0.05."""
     (comparison,) = frontier(make_result(seeds=20), resamples=100).comparisons
