@@ -112,7 +112,7 @@ class SweepResult:
         """Writes records as JSON lines: the sweep itself first, then a line a point."""
         head = {k: v for k, v in vars(self).items() if k != "points"}
         rows = [{"sweep": head}, *(vars(point) for point in self.points)]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
         path.write_text(text, encoding="utf-8")
 
     @staticmethod
@@ -122,7 +122,9 @@ class SweepResult:
         Raises:
             ValueError: the file is not one of ours.
         """
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_text(encoding="utf-8")
+        # Not splitlines: a text may hold U+0085 or U+2028 as they are, which end a line for it.
+        lines = [line for line in text.split("\n") if line.strip()]
         head = json.loads(lines[0]).get("sweep") if lines else None
         if head is None:
             raise ValueError(f"{path} holds no sweep's records (its first line names none)")

@@ -29,7 +29,8 @@ def write_report(result: SweepResult, folder: Path) -> Analysis:
     """Writes ``FILES`` to a folder; the page needs nothing beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     analysis = analyse(result)
-    (folder / "index.html").write_text(page(analysis), encoding="utf-8")
+    # A sample may hold half of a surrogate pair, which UTF-8 has no bytes for.
+    (folder / "index.html").write_text(page(analysis), encoding="utf-8", errors="replace")
     figure = figures.still_figure(analysis)
     for kind in ("png", "pdf"):
         figure.savefig(folder / f"frontier.{kind}", dpi=200)

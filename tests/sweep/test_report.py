@@ -42,6 +42,27 @@ def test_a_report_has_all_its_files_and_its_records_make_the_same_report(make_re
     assert (report / "frontier.pdf").read_bytes().startswith(b"%PDF")
 
 
+def test_records_with_any_text_are_saved_and_read_again(make_result, tmp_path):
+    """Line breaks that JSON leaves as they are, and half of a surrogate pair, which UTF-8 lacks."""
+    result = make_result(configurations=2)
+    text = "next\x85line \u2028 and \u2029, \r\n, caf\u00e9, half \ud83d"
+    odd = replace(result, samples={"000-seed0": [{"prompt": "a", "response": text, "reward": 1.0}]})
+    write_report(odd, tmp_path)
+    assert SweepResult.load(tmp_path / "records.jsonl") == odd
+    assert "caf\u00e9, half ?" in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
+def test_records_written_without_escapes_are_read(make_result, tmp_path):
+    result = make_result(configurations=2)
+    odd = replace(result, samples={"000-seed0": [{"response": "next\x85line \u2028"}]})
+    file = tmp_path / "records.jsonl"
+    odd.save(file)
+    rows = [json.loads(line) for line in file.read_text().split("\n") if line]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    assert SweepResult.load(file) == odd
+
+
 def test_the_page_needs_nothing_from_elsewhere_and_escapes_the_texts(report):
     whole, bundle = (report / "index.html").read_text(), get_plotlyjs()
     assert whole.count(bundle) == 1, "plotly's code stands there once"
