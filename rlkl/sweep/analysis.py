@@ -160,6 +160,8 @@ class Efficiency:
     upper_bound: bool
     """Whether its KL is beyond what the samples of the reference carry: the optimum's gain there is
     at least that at their limit, and the share at most this."""
+    lower_bound: bool
+    """Whether it is beyond with less reward than the reference: the share is between this and 0."""
 
 
 def efficiencies(result: SweepResult) -> list[Efficiency | None]:
@@ -187,7 +189,7 @@ def efficiencies(result: SweepResult) -> list[Efficiency | None]:
         slope = 0.0 if beyond else float(ahead - behind) / (2 * step)
         share = float((point.reward - start) / best)
         error = float(np.hypot(point.reward_se, share * slope * point.kl_se)) / best
-        found.append(Efficiency(share, error, beyond))
+        found.append(Efficiency(share, error, beyond and share >= 0, beyond and share < 0))
     return found
 
 

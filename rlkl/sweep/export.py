@@ -55,6 +55,7 @@ def point_rows(analysis: Analysis) -> list[dict[str, Any]]:
         if efficiency is not None:
             row["efficiency"], row["efficiency_se"] = efficiency.share, efficiency.stderr
             row["efficiency_is_upper_bound"] = efficiency.upper_bound
+            row["efficiency_is_lower_bound"] = efficiency.lower_bound
         rows.append(row)
     return rows
 

@@ -50,13 +50,14 @@ def findings(analysis: Analysis) -> list[dict[str, Any]]:
             "configuration that the judge likes best, none has more reward by a t-test (2.5%). No "
             "other configurations were compared."
         )
-    reached = [
-        (e.share, p)
+    ends = [
+        (e, p)
         for e, p in zip(analysis.efficiency, result.points, strict=True)
-        if e is not None and p.last and not e.upper_bound
+        if e is not None and p.last
     ]
-    beyond = [e for e, p in zip(analysis.efficiency, result.points, strict=True) if e and p.last]
-    beyond = [e.share for e in beyond if e.upper_bound]
+    reached = [(e.share, p) for e, p in ends if not (e.upper_bound or e.lower_bound)]
+    beyond = [e.share for e, _ in ends if e.upper_bound]
+    lost = sum(e.lower_bound for e, _ in ends)
     if reached:
         share, point = max(reached, key=lambda pair: pair[0])
         known = max(p["kl"] for p in (result.reference or {})["optimal"] if p["trusted"])
@@ -70,6 +71,7 @@ def findings(analysis: Analysis) -> list[dict[str, Any]]:
                 if beyond
                 else ""
             )
+            + (f" {lost} runs beyond have less reward than the reference." if lost else "")
         )
     seeds = {p.seed for p in result.points}
     if len(seeds) < 3:

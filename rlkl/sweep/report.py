@@ -160,8 +160,8 @@ def _configuration_rows(analysis: Analysis) -> list[list[str]]:
     efficiency: dict[str, list[str]] = {}
     for point, found in zip(analysis.result.points, analysis.efficiency, strict=True):
         if found is not None and point.last:
-            at_most = "≤ " if found.upper_bound else ""
-            efficiency.setdefault(point.label, []).append(f"{at_most}{found.share:.0%}")
+            bound = "≤ " if found.upper_bound else "≥ " if found.lower_bound else ""
+            efficiency.setdefault(point.label, []).append(f"{bound}{found.share:.0%}")
     rows = []
     for row in analysis.means:
         measures = [n for n in ("kl", "reward", "judge") if n in row]

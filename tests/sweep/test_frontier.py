@@ -304,6 +304,21 @@ def test_efficiency_is_the_gain_over_the_optimums_at_the_same_kl(make_result):
     assert beyond.share == pytest.approx(far.reward / (3 * np.log1p(3.4)), rel=0.02)
 
 
+def test_beyond_the_known_optimum_a_share_of_a_loss_is_a_lower_bound(make_result):
+    """The optimum's gain there is at least that at the limit: of 2.0 or of 4.0, a loss of 1 is
+    −50% or −25%.
+    """
+    result = make_result()
+    result.points[0] = replace(result.points[0], kl=10.0, reward=-1.0)
+    result.points[1] = replace(result.points[1], kl=10.0, reward=1.0)
+    result.points[2] = replace(result.points[2], kl=1.0, reward=-1.0)
+    lost, gained, within = efficiencies(result)[:3]
+    assert lost.share == -gained.share < 0
+    assert (lost.lower_bound, lost.upper_bound) == (True, False)
+    assert (gained.lower_bound, gained.upper_bound) == (False, True)
+    assert (within.lower_bound, within.upper_bound) == (False, False)
+
+
 def test_over_optimisation_is_found_where_the_judge_turns_and_not_before(make_result):
     """In the made sweep the judge turns down after 2 nats, the reward never does."""
     found = over_optimisation(make_result())

@@ -115,6 +115,22 @@ def test_it_says_what_was_tested_and_up_to_where_the_optimum_is_known(make_resul
     assert f"Of the {beyond} runs beyond only upper bounds are known" in said
 
 
+def test_runs_below_the_reference_are_counted_and_give_no_upper_bound(make_result, tmp_path):
+    result = make_result()
+    points = [replace(p, reward=-1.0 if p.kl > 3.4 else p.reward) for p in result.points]
+    below = sum(p.kl > 3.4 for p in points)
+    analysis = write_report(replace(result, points=points), tmp_path)
+    said = " ".join(line["text"] for line in findings(analysis))
+    assert "upper bounds" not in said
+    assert f"{below} runs beyond have less reward than the reference" in said
+    with (tmp_path / "points.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert sum(row["efficiency_is_lower_bound"] == "True" for row in rows) == below
+    page = (tmp_path / "index.html").read_text()
+    assert "at least -" in page
+    assert "≥ -" in page
+
+
 def test_arms_without_a_common_kl_are_said_not_to_be_compared(make_result):
     result = make_result()
     points = [replace(p, kl=p.kl + 100 * (p.arm == "rb")) for p in result.points]
