@@ -125,15 +125,17 @@ def _value(point: Point, measure: Measure) -> float:
 
 
 def _replicas(points: Sequence[Point], values: np.ndarray) -> Replicas:
-    runs = {run: i for i, run in enumerate(dict.fromkeys(p.run_id for p in points))}
-    of_run = {p.run_id: p for p in points}
+    ends = [i for i, p in enumerate(points) if p.last]
+    ends.sort(key=lambda i: (points[i].configuration, points[i].seed))  # whatever their order
+    runs = {points[end].run_id: number for number, end in enumerate(ends)}
     numbers = sorted({p.configuration for p in points})
     arm_of = {p.configuration: p.arm for p in points}
     return Replicas(
         values,
         np.array([runs[p.run_id] for p in points]),
-        np.array([numbers.index(of_run[run].configuration) for run in runs]),
+        np.array([numbers.index(points[end].configuration) for end in ends]),
         [arm_of[number] for number in numbers],
+        np.array(ends),
     )
 
 

@@ -139,6 +139,7 @@ class Replicas:
         runs: [N] which run a point belongs to, 0 … R−1.
         configurations: [R] which configuration a run is a replica of, 0 … C−1.
         arms: [C] which arm a configuration belongs to.
+        ends: [R] the point that a run ends with, 0 … N−1.
     """
 
     def __init__(
@@ -147,16 +148,18 @@ class Replicas:
         runs: Int[np.ndarray, " N"],
         configurations: Int[np.ndarray, " R"],
         arms: Sequence[str],
+        ends: Int[np.ndarray, " R"],
     ) -> None:
         self.points, self.runs, self.configurations = _checked(points), runs, configurations
+        self.ends = ends
         self.arms = list(arms)
         self.names = list(dict.fromkeys(self.arms))
         self.replicas = [np.flatnonzero(configurations == c) for c in range(len(self.arms))]
         self.sets = max(len(runs) for runs in self.replicas)
         """S: replicas of the configuration that has most."""
         order = np.argsort(runs, kind="stable")
-        ends = np.searchsorted(runs[order], np.arange(len(configurations) + 1))
-        self._points_of = [order[ends[r] : ends[r + 1]] for r in range(len(configurations))]
+        limits = np.searchsorted(runs[order], np.arange(len(configurations) + 1))
+        self._points_of = [order[limits[r] : limits[r + 1]] for r in range(len(configurations))]
 
     # ---- resampling ------------------------------------------------------------------------------
 
@@ -319,9 +322,8 @@ class Replicas:
         return best[int(np.ceil(len(best) / 2)) - 1]
 
     def means(self, drawn: Int[np.ndarray, "C S"]) -> Float[np.ndarray, "C 2"]:
-        """(KL, reward) of each configuration: the mean over its drawn replicas' last points."""
-        last = np.array([points[-1] for points in self._points_of])
-        ends = self.points[last]  # [R, 2]
+        """(KL, reward) of each configuration: the mean over its drawn replicas' ends."""
+        ends = self.points[self.ends]  # [R, 2]
         there = (drawn >= 0)[..., None]
         return np.where(there, ends[drawn], 0.0).sum(1) / there.sum(1)
 

@@ -1,6 +1,7 @@
 """What a sweep has measured, as flat records: one a point, with the configuration it came from."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,22 @@ class SweepResult:
     spec: dict[str, Any]
     versions: dict[str, str]
 
+    def __post_init__(self) -> None:
+        ends = Counter(point.run_id for point in self.ends)
+        runs: dict[tuple[int, int], str] = {}
+        for point in self.points:
+            if ends[point.run_id] != 1:
+                raise ValueError(
+                    f"run {point.run_id} has {ends[point.run_id]} points that end it (last: true); "
+                    "one is needed"
+                )
+            other = runs.setdefault((point.configuration, point.seed), point.run_id)
+            if other != point.run_id:
+                raise ValueError(
+                    f"{other} and {point.run_id} are both configuration {point.configuration}, "
+                    f"seed {point.seed}: one run of each is needed"
+                )
+
     @property
     def arms(self) -> list[str]:
         """What is compared, in the order of the grid."""
@@ -120,7 +137,7 @@ class SweepResult:
         """What `save` wrote.
 
         Raises:
-            ValueError: the file is not one of ours.
+            ValueError: the file is not one of ours, or counts a run twice.
         """
         text = Path(path).read_text(encoding="utf-8")
         # Not splitlines: a text may hold U+0085 or U+2028 as they are, which end a line for it.
@@ -128,7 +145,12 @@ class SweepResult:
         head = json.loads(lines[0]).get("sweep") if lines else None
         if head is None:
             raise ValueError(f"{path} holds no sweep's records (its first line names none)")
-        return SweepResult(points=[Point(**json.loads(line)) for line in lines[1:]], **head)
+        if len(set(lines)) < len(lines):
+            raise ValueError(f"{path} holds a line twice; each measurement must stand there once")
+        rows = [json.loads(line) for line in lines[1:]]
+        if any("sweep" in row for row in rows):
+            raise ValueError(f"{path} holds two sweeps; report each from a file of its own")
+        return SweepResult(points=[Point(**row) for row in rows], **head)
 
 
 def check_record(record: Any, reference: bool) -> None:

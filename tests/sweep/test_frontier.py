@@ -83,7 +83,14 @@ def replicas(rewards: np.ndarray, arms: list[str] | None = None) -> Replicas:
         np.arange(rewards.size),
         np.repeat(np.arange(configurations), seeds),
         arms or ["rb"] * configurations,
+        np.arange(rewards.size),
     )
+
+
+def some_of(made: Replicas, runs: list[int]) -> Replicas:
+    """Some runs of those that `replicas` made."""
+    numbers = np.arange(len(runs))
+    return Replicas(made.points[runs], numbers, made.configurations[runs], made.arms, numbers)
 
 
 def test_the_interval_of_a_mean_is_students():
@@ -169,9 +176,7 @@ def test_missing_seeds_do_not_lower_the_hypervolume():
     """Seeds that are worth the same: how many each configuration has changes nothing."""
     three = replicas(np.array([[1.0] * 3, [2.0] * 3, [4.0] * 3]))
     kept = [0, 1, 2, 3, 6, 7]  # three seeds of the first, one of the second, two of the third
-    some = Replicas(
-        three.points[kept], np.arange(6), three.configurations[kept], ["rb", "rb", "rb"]
-    )
+    some = some_of(three, kept)
     at = (4.0, 0.0)
     assert some.hypervolumes(some.original(), at) == three.hypervolumes(three.original(), at)
     drawn = some.resamples(20, seed=0)
@@ -184,10 +189,7 @@ def test_the_hypervolume_of_part_of_the_seeds_is_on_average_that_of_all():
     differences = []
     for _ in range(300):
         whole = replicas(generator.normal(size=(3, 3)))
-        kept = np.array([0, 1, 2, 3, 4, 6])
-        part = Replicas(
-            whole.points[kept], np.arange(6), whole.configurations[kept], ["rb", "rb", "rb"]
-        )
+        part = some_of(whole, [0, 1, 2, 3, 4, 6])
         volumes = [made.hypervolumes(made.original(), at)[0] for made in (part, whole)]
         differences.append(volumes[0] - volumes[1])
     stderr = np.std(differences) / np.sqrt(300)
@@ -260,6 +262,14 @@ def test_a_set_attains_with_every_configuration_though_one_has_fewer_seeds(make_
     front = frontier(replace(result, points=part), resamples=2)
     assert [e.value for e in front.attained["rb"]] == [e.value for e in whole.attained["rb"]]
     assert front.surfaces == whole.surfaces
+
+
+def test_the_order_of_the_points_changes_nothing(make_result):
+    """With checkpoints: the end of a run is the point that says so, not the last one met."""
+    result = make_result(checkpoints=3)
+    there = frontier(result, resamples=20)
+    back = frontier(replace(result, points=result.points[::-1]), resamples=20)
+    assert replace(back, on_front=back.on_front[::-1]) == there
 
 
 def test_at_equal_kl_the_difference_is_that_of_the_interpolated_curves(make_result):

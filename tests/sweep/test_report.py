@@ -63,6 +63,25 @@ def test_records_written_without_escapes_are_read(make_result, tmp_path):
     assert SweepResult.load(file) == odd
 
 
+def test_records_that_count_a_run_twice_are_refused(make_result, tmp_path):
+    result = make_result(configurations=2, checkpoints=2)
+    file, joined = tmp_path / "records.jsonl", tmp_path / "joined.jsonl"
+    result.save(file)
+    head, *lines = file.read_text().splitlines()
+    for rows, said in (
+        ([head, *lines, head, *lines], "a line twice"),
+        ([head, *lines, *lines], "a line twice"),
+        ([head, *lines, lines[0]], "a line twice"),
+        ([head, *lines, head.replace("made", "other")], "two sweeps"),
+        ([head, *lines, lines[1].replace('"kl"', ' "kl"')], "000-seed0 has 2 points that end it"),
+        ([head, *lines[:1], *lines[2:]], "000-seed0 has 0 points that end it"),
+        ([head, *lines, *(line.replace("001-seed2", "x") for line in lines[-2:])], "one run"),
+    ):
+        joined.write_text("\n".join(rows))
+        with pytest.raises(ValueError, match=said):
+            SweepResult.load(joined)
+
+
 def test_the_page_needs_nothing_from_elsewhere_and_escapes_the_texts(report):
     whole, bundle = (report / "index.html").read_text(), get_plotlyjs()
     assert whole.count(bundle) == 1, "plotly's code stands there once"
