@@ -35,7 +35,7 @@ from rlkl.evaluation.judge import JUDGE_PROMPT, Judge
 from rlkl.evaluation.student import StudentEvaluation, evaluate_student
 from rlkl.models import check_same_tokenizer, load_causal_lm, load_tokenizer
 from rlkl.trainers import DistillConfig, DistillTrainer, RichProgress, StopOnInterrupt
-from rlkl.trainers.distill_data import check_texts
+from rlkl.trainers.distill_data import check_data
 from rlkl.trainers.distill_metrics import both_directions
 from rlkl.trainers.resume import FREE, check_settings, last_checkpoint
 from rlkl.trainers.tracking import log_final
@@ -151,7 +151,7 @@ def _prepare(
     )
     for name, data in held_out.items():
         models = (student, teacher)
-        check_texts(data, name, tokenizer, models, args, given=False, sampled=True)
+        check_data(data, name, tokenizer, models, args, given=False, sampled=True)
     judge = None
     if task.judge_url is not None:
         template = Path(task.judge_prompt or JUDGE_PROMPT).read_text()

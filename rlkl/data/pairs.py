@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from datasets import Dataset, load_dataset
 
+from rlkl.data.prompts import check_text
 from rlkl.data.rows import read_rows
 
 INSTRUCTION_TEMPLATE = (
@@ -116,10 +117,7 @@ def _written(value: Any, name: str) -> str:
     if isinstance(value, bool):
         return json.dumps(value)  # as in the file
     if isinstance(value, list | dict):
-        raise ValueError(
-            f"{name} is no text but {value!r:.60}; chat messages become a text by "
-            "tokenizer.apply_chat_template(..., tokenize=False)"
-        )
+        check_text(value, name)
     return str(value)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from rlkl.data import check_text
 from rlkl.kl import head_logits
 from rlkl.models import at_least_float32, output_head, position_ids
 from rlkl.models.language_model import causal_lm, check_positions, trunk_of
@@ -33,13 +34,14 @@ def encode_prompts(
     A prompt longer than `max_length` tokens loses its beginning, as a context window would.
 
     Raises:
-        ValueError: there are no prompts, or one of them is empty.
+        ValueError: there are no prompts, or one of them is empty or no text.
     """
     if not prompts:
         raise ValueError("no prompts were given")
     rows = []
     opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     for number, prompt in enumerate(prompts):
+        check_text(prompt, f"prompt {number}")
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         if not ids:
             raise ValueError(f"prompt {number} is empty; every prompt needs at least one token")
@@ -166,7 +168,8 @@ def sample_responses(
         on_batch: called with the number of responses done in each batch, for a progress bar.
 
     Raises:
-        ValueError: no prompts, an empty one, or more tokens than the model has positions for.
+        ValueError: no prompts, one that is empty or no text, or more tokens than the model has
+            positions for.
     """
     device = causal_lm(model).device
     prompt_ids, prompt_mask = encode_prompts(tokenizer, prompts, max_prompt_length)

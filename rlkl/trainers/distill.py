@@ -26,7 +26,7 @@ from rlkl.rollout.given import given_responses
 from rlkl.rollout.randomness import generator_of
 from rlkl.rollout.records import scatter_tokens
 from rlkl.trainers.distill_config import DistillConfig
-from rlkl.trainers.distill_data import check_texts, prompts_of
+from rlkl.trainers.distill_data import check_data, prompts_of
 from rlkl.trainers.step import StepClock
 from rlkl.trainers.text_trainer import TextTrainer
 from rlkl.trainers.tracking import wandb_run
@@ -104,7 +104,7 @@ class DistillTrainer(TextTrainer):
         check_apart(model, teacher_model)
         for each in (model, teacher_model):
             check_positions(each, (args.max_prompt_length or 1) + args.response_length - 1)
-        check_texts(
+        check_data(
             train_dataset,
             "train_dataset",
             processing_class,
@@ -348,7 +348,7 @@ class DistillTrainer(TextTrainer):
         return total / int(responses.mask.sum())
 
     def _check_evaluation(self, data: Dataset) -> None:
-        check_texts(
+        check_data(
             data,
             "eval_dataset",
             self.tokenizer,

@@ -132,7 +132,9 @@ class PPOTrainer(TextTrainer):
                 f"kl_estimator is {self.estimator.name}, which is for measuring: train with rb, "
                 "exact and no dearer, or with a sampled estimator"
             )
-        check_prompts(train_dataset, at_least=args.per_device_train_batch_size)
+        check_prompts(train_dataset, "train_dataset", at_least=args.per_device_train_batch_size)
+        if eval_dataset is not None:
+            check_prompts(eval_dataset, "eval_dataset", at_least=1)
         if peft_config is not None and isinstance(model, PeftModel):
             raise ValueError("the model has an adapter already: leave peft_config out")
         if peft_config is not None:
@@ -451,7 +453,7 @@ class PPOTrainer(TextTrainer):
         The randomness is the same at every call, so that evaluations differ by the policy alone.
         """
         data = cast(Dataset, self.eval_dataset if eval_dataset is None else eval_dataset)
-        check_prompts(data, at_least=1)
+        check_prompts(data, "eval_dataset", at_least=1)
         self.model.eval()
         clock = StepClock()
         responses = self.sample(list(data["prompt"]), self._generator("evaluation"), clock)

@@ -304,6 +304,7 @@ def test_contexts_are_the_prefixes_with_the_largest_kl(policy, ref, colours, enu
         ({"max_new_tokens": 100}, "the models take 64 and one"),
         ({"prompts": []}, "no prompts"),
         ({"prompts": ["red", ""]}, "prompt 1 is empty"),
+        ({"prompts": ["red", None]}, "prompt 1 is no text but None"),
         ({"estimand": "everything"}, "everything"),
     ],
 )

@@ -9,8 +9,10 @@ from peft import PromptTuningConfig, get_peft_model
 
 from rlkl.trainers import PPOTrainer, RaoBlackwellPPOTrainer
 
+CHAT = [{"role": "user", "content": "hi"}]
 
-def data(*prompts: str) -> Dataset:
+
+def data(*prompts: str | None) -> Dataset:
     return Dataset.from_dict({"prompt": list(prompts)})
 
 
@@ -86,7 +88,10 @@ def test_an_estimator_that_does_not_fit_the_default_placement_is_refused(make_tr
         ({"kl_target": -1.0}, "target is -1.0"),
         ({"kl_target": 6.0, "kl_horizon": 1.0}, "horizon"),
         ({"per_device_train_batch_size": 64}, "12 prompts for per_device_train_batch_size=64"),
-        ({"train_dataset": data(*["it"] * 8, " ")}, "prompt 8 is empty"),
+        ({"train_dataset": data(*["it"] * 8, " ")}, "train_dataset: prompt 8 is empty"),
+        ({"train_dataset": data(*["it"] * 8, None)}, "train_dataset: prompt 8 is no text but None"),
+        ({"train_dataset": Dataset.from_dict({"prompt": [CHAT] * 8})}, "apply_chat_template"),
+        ({"eval_dataset": data("it", None)}, "eval_dataset: prompt 1 is no text but None"),
         ({"train_dataset": Dataset.from_dict({"text": ["it"] * 8})}, "'prompt' column is needed"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) and len(str(value)) < 60 else "",

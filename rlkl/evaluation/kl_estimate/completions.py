@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 import torch
 
+from rlkl.data import check_text
 from rlkl.evaluation.kl_estimate.draws import Draws, check_length, check_positive
 from rlkl.models import ModelPair
 from rlkl.models.tokenizers import padding_id
@@ -210,8 +211,7 @@ def _key(completion: Completion) -> bytes:
 def _text(row: dict[str, Any], name: str) -> str:
     if name not in row:
         raise ValueError(f"has {', '.join(row) or 'nothing'}, but neither {name} nor {name}_ids")
-    if not isinstance(row[name], str):
-        raise ValueError(f"{name} is {row[name]!r}; it must be a text")
+    check_text(row[name], name)
     return row[name]
 
 
