@@ -26,6 +26,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from rlkl.cli.errors import refusing_bad_input
+from rlkl.cli.settings import set_threads
 from rlkl.data.reviews import load_reviews
 from rlkl.evaluation.language_model import nats_of_openings
 
@@ -131,13 +133,14 @@ def lr_scale(step: int, total: int, warmup: int, decay_share: float) -> float:
 
 def main() -> None:
     args = parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
     out: Path = args.output_dir
-    out.mkdir(parents=True, exist_ok=True)
-    texts = [text for source in args.train_data for text in load_reviews(source)["text"]]
+    with refusing_bad_input():
+        set_threads(args.threads)
+        texts = [text for source in args.train_data for text in load_reviews(source)["text"]]
+        held_out = load_reviews(args.eval_data, split="test")["text"]
+        out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
     texts = list(dict.fromkeys(texts))  # the unlabelled part repeats some reviews
-    held_out = load_reviews(args.eval_data, split="test")["text"]
     held_out = [held_out[i] for i in np.random.default_rng(1).permutation(len(held_out))[:2000]]
 
     if (out / "tokenizer.json").is_file():

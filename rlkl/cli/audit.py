@@ -97,7 +97,7 @@ def _models(
 
 
 def _print(record: dict[str, Any], console: Console) -> None:
-    from rlkl.evaluation.audit_page import formatted, verdict
+    from rlkl.evaluation.audit_page import formatted, percent, verdict
 
     console.print(
         f"Exact D_KL(policy ‖ ref) = [bold]{record['exact_kl']:.5f}[/] nats per response "
@@ -106,8 +106,8 @@ def _print(record: dict[str, Any], console: Console) -> None:
     )
     console.print(
         f"Sampling off: an older policy sampled; its effective sample size is "
-        f"{record['ess_fraction']:.0%}, and {record['truncated_fraction']:.1%} of the tokens have "
-        f"a prefix weight over {record['truncate_at']:g}."
+        f"{percent(record['ess_fraction'])}, and {percent(record['truncated_fraction'])} of the "
+        f"tokens have a prefix weight over {record['truncate_at']:g}."
     )
     for title, rows, named in (
         ("Estimators", record["rows"], False),

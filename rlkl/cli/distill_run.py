@@ -35,7 +35,7 @@ from rlkl.evaluation.judge import JUDGE_PROMPT, Judge
 from rlkl.evaluation.student import StudentEvaluation, evaluate_student
 from rlkl.models import check_same_tokenizer, load_causal_lm, load_tokenizer
 from rlkl.trainers import DistillConfig, DistillTrainer, RichProgress, StopOnInterrupt
-from rlkl.trainers.distill_data import check_texts
+from rlkl.trainers.distill_data import check_data
 from rlkl.trainers.distill_metrics import both_directions
 from rlkl.trainers.resume import FREE, check_settings, last_checkpoint
 from rlkl.trainers.tracking import log_final
@@ -90,7 +90,8 @@ def run() -> None:
         set_threads(task.threads)
         trainer, tokenizer, held_out, judge = _prepare(task, args, model_args, console)
         output_dir = Path(str(args.output_dir))
-        checkpoint = _unfinished(output_dir, {**asdict(task), **args.to_dict()}, console)
+        settings = {**asdict(task), **model_args.__dict__, **args.to_dict()}
+        checkpoint = _unfinished(output_dir, settings, console)
     with trainer.tracked(resume=checkpoint is not None):
         trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.state.global_step < trainer.state.max_steps:
@@ -150,7 +151,7 @@ def _prepare(
     )
     for name, data in held_out.items():
         models = (student, teacher)
-        check_texts(data, name, tokenizer, models, args, given=False, sampled=True)
+        check_data(data, name, tokenizer, models, args, given=False, sampled=True)
     judge = None
     if task.judge_url is not None:
         template = Path(task.judge_prompt or JUDGE_PROMPT).read_text()

@@ -1,6 +1,7 @@
 """Bad input is one line on standard error and exit code 2."""
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,13 @@ def refusing_bad_input() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError, yaml.YAMLError, argparse.ArgumentError) as error:
+    except UnicodeDecodeError as error:
+        fail(f"a file that was given is not text in UTF-8 ({error}): name another, or convert it")
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            fail(str(error))
+        fail(f"cannot use {str(error.filename)!r}: {error.strerror}; name another file")
+    except (ValueError, yaml.YAMLError, argparse.ArgumentError) as error:
         fail(str(error))
 
 
@@ -34,9 +41,11 @@ def check_writable(json: str | None, html: str | None) -> None:
         if target is not None and target != "-":
             folder = Path(target).absolute().parent
             if not folder.is_dir():
-                fail(f"cannot write {target}: there is no folder {folder}")
+                fail(f"cannot write {target!r}: there is no folder {folder}")
             if Path(target).is_dir():
-                fail(f"cannot write {target}: it is a folder")
+                fail(f"cannot write {target!r}: it is a folder; name a file")
+            if not os.access(target if Path(target).exists() else folder, os.W_OK):
+                fail(f"cannot write {target!r}: no permission to; name a file elsewhere")
 
 
 def fail(message: str) -> NoReturn:

@@ -116,9 +116,15 @@ def kl(
     """  # noqa: D301 (typer reads the backspace: lines to be kept)
     _refuse_filters({"--top-k": top_k, "--top-p": top_p, "--min-p": min_p})
     console = Console(stderr=json == "-")
+    for name, value in (("--policy", policy), ("--ref", ref), ("--prompts", prompts)):
+        if value == "":
+            fail(f"{name} is empty: name one, such as 'embedded' or a folder")
     with refusing_bad_input():
         from rlkl.evaluation.kl_estimate import Estimand, KLEstimation, Settings
+        from rlkl.kl import ESTIMATORS
 
+        if estimator not in ESTIMATORS:
+            fail(f"--estimator {estimator}: use one of {', '.join(ESTIMATORS)}")
         if estimand not in list(Estimand):
             fail(f"--estimand {estimand}: use one of {', '.join(Estimand)}")
         settings = Settings(
@@ -206,11 +212,7 @@ def _refuse_filters(filters: dict[str, Any]) -> None:
 def _load_prompts(source: str | None, column: str) -> list[str]:
     from rlkl.data import EMBEDDED_EVAL_PROMPTS, load_prompts
 
-    prompts = list(load_prompts(source or EMBEDDED_EVAL_PROMPTS, column)["prompt"])
-    for number, prompt in enumerate(prompts, 1):
-        if not isinstance(prompt, str):
-            fail(f"prompt {number} of {source} is {prompt!r}; it must be a text")
-    return prompts
+    return list(load_prompts(source or EMBEDDED_EVAL_PROMPTS, column)["prompt"])
 
 
 def _load_models(policy: str, ref: str, dtype: str, device: str) -> Any:
@@ -253,6 +255,8 @@ def _number_of_samples(whole: int | None, per_prompt: int | None, prompts: int) 
     if whole is not None and per_prompt is not None:
         fail("--num-samples and --samples-per-prompt exclude each other")
     if per_prompt is not None:
+        if per_prompt < 1:
+            fail(f"--samples-per-prompt {per_prompt}: must be at least 1")
         return per_prompt * prompts
     return DEFAULT_SAMPLES if whole is None else whole
 

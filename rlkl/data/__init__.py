@@ -5,6 +5,8 @@ from rlkl.data.prompts import (
     EMBEDDED_EVAL_PROMPTS,
     EMBEDDED_TRAIN_PROMPTS,
     check_prompts,
+    check_text,
+    check_texts,
     collate_prompts,
     load_prompts,
 )
@@ -15,6 +17,8 @@ __all__ = [
     "EMBEDDED_TRAIN_PROMPTS",
     "INSTRUCTION_TEMPLATE",
     "check_prompts",
+    "check_text",
+    "check_texts",
     "clean_text",
     "collate_prompts",
     "load_pairs",

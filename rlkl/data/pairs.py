@@ -1,10 +1,13 @@
 """Prompts with completions, or plain texts: the data of distillation, from files or the hub."""
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
+
+from rlkl.data.prompts import check_text
+from rlkl.data.rows import read_rows
 
 INSTRUCTION_TEMPLATE = (
     "Below is an instruction that describes a task.\n"
@@ -13,6 +16,7 @@ INSTRUCTION_TEMPLATE = (
 )
 """How an instruction becomes a prompt; ``{input}`` is empty, or a section of its own."""
 
+_KINDS = ("prompt", "instances", "instruction", "turns", "text")
 _ANSWERS = ("completion", "response", "output")
 
 
@@ -22,9 +26,12 @@ def load_pairs(source: str | Path, references: str | Path | None = None) -> Data
     A row may be: ``prompt`` with ``completion``, ``response`` or ``output``; ``instruction`` with
     one of these, and with ``input`` or ``context`` (databricks-dolly-15k); ``instruction`` with
     ``instances`` of ``input`` and ``output`` (Self-Instruct: the first instance counts); ``turns``
-    of a question (Vicuna: the first counts); or ``text``. Instructions and questions go through
-    `INSTRUCTION_TEMPLATE`. A prompt without an answer has the completion ""; numbers are taken as
-    they are written.
+    of a question (Vicuna: the first counts); or ``text``. Rows of prompts, instructions and
+    questions may stand in one source. Columns that are empty or null are not there.
+
+    Instructions and questions go through `INSTRUCTION_TEMPLATE`. A prompt without an answer has the
+    completion "". A file's numbers, dates and words like ``NA`` are taken as they are written; hub
+    data sets have the types that they were given there.
 
     Args:
         source: a ``.jsonl``, ``.jsonl.xz``, ``.json`` or ``.csv`` file, or a hub id (``id:split``).
@@ -35,14 +42,16 @@ def load_pairs(source: str | Path, references: str | Path | None = None) -> Data
     Raises:
         FileNotFoundError: a file that is not there.
         ValueError: no rows, a broken file, columns of another kind, a prompt or text that is
-            missing, chat messages in place of a text.
+            missing, plain texts beside prompts, chat messages in place of a text.
     """
     rows = _read(source)
-    answers = {} if references is None else {r["question_id"]: r for r in _read(references)}
-    pairs = []
+    answers = {} if references is None else {str(r["question_id"]): r for r in _read(references)}
+    pairs: list[dict[str, str]] = []
     for number, row in enumerate(rows):
         try:
             pairs.append(_pair(row, answers))
+            if pairs[-1].keys() != pairs[0].keys():
+                raise ValueError("plain text and prompts are mixed: put them into two files")
         except ValueError as error:
             raise ValueError(f"{source}, row {number}: {error}") from error
     return Dataset.from_list(pairs)
@@ -50,47 +59,48 @@ def load_pairs(source: str | Path, references: str | Path | None = None) -> Data
 
 def _read(source: str | Path) -> list[dict[str, Any]]:
     path = Path(source)
-    suffixes = set(path.suffixes)
-    if suffixes & {".jsonl", ".json", ".csv"}:
+    if {".jsonl", ".json", ".csv"} & set(path.suffixes):
         if not path.is_file():
             raise FileNotFoundError(f"no such file: {source}")
-        kind = "csv" if ".csv" in suffixes else "json"
-        try:
-            data = load_dataset(kind, data_files=str(path), split="train")
-        except DatasetGenerationError as error:
-            raise ValueError(f"{source} cannot be read as {kind}: {error.__cause__}") from error
-        except StopIteration:  # datasets' way to say that a file is empty
-            data = []
+        rows = read_rows(path)
     else:
         name, _, split = str(source).partition(":")
         data = load_dataset(name, split=split or "train")
-    rows = cast(list[dict[str, Any]], list(data))
+        rows = cast(list[dict[str, Any]], list(data))
     if not rows:
         raise ValueError(f"{source} has no rows")
     return rows
 
 
-def _pair(row: dict[str, Any], answers: dict[Any, Any]) -> dict[str, str]:
-    answer = next((row[name] for name in _ANSWERS if name in row), None)
-    if "prompt" in row:
+def _pair(row: dict[str, Any], answers: dict[str, Any]) -> dict[str, str]:
+    answer = _value(row, *_ANSWERS)
+    named = [kind for kind in _KINDS if kind in row]
+    filled = [kind for kind in named if row[kind] not in (None, "")]
+    kind = next(iter([*filled, *named]), None)
+    if kind == "prompt":
         return {"prompt": _text(row, "prompt"), "completion": _answer(answer)}
-    if "instances" in row:
+    if kind == "instances":
         first = _first(row, "instances")
-        return _instruction(_text(row, "instruction"), first.get("input"), first.get("output"))
-    if "instruction" in row:
-        given = row.get("input") or row.get("context")
+        given, answer = _value(first, "input"), _value(first, "output")
         return _instruction(_text(row, "instruction"), given, answer)
-    if "turns" in row:
-        reference = answers.get(row.get("question_id"), {})
+    if kind == "instruction":
+        return _instruction(_text(row, "instruction"), _value(row, "input", "context"), answer)
+    if kind == "turns":
+        reference = answers.get(str(row.get("question_id")), {})
         choices = reference.get("choices")
         answer = _first(choices[0], "turns") if choices else reference.get("text")
         return _instruction(_first(row, "turns"), None, answer)
-    if "text" in row:
+    if kind == "text":
         return {"text": _text(row, "text")}
     raise ValueError(
         f"the columns are {sorted(row)}; needed: prompt and completion, instruction and output, or "
         "text"
     )
+
+
+def _value(row: dict[str, Any], *columns: str) -> Any:
+    """The first of these columns that is neither empty nor null."""
+    return next((row[name] for name in columns if row.get(name) not in (None, "")), None)
 
 
 def _text(row: dict[str, Any], column: str) -> str:
@@ -104,11 +114,10 @@ def _answer(value: Any) -> str:
 
 
 def _written(value: Any, name: str) -> str:
+    if isinstance(value, bool):
+        return json.dumps(value)  # as in the file
     if isinstance(value, list | dict):
-        raise ValueError(
-            f"{name} is no text but {value!r:.60}; chat messages become a text by "
-            "tokenizer.apply_chat_template(..., tokenize=False)"
-        )
+        check_text(value, name)
     return str(value)
 
 
@@ -119,6 +128,6 @@ def _first(row: dict[str, Any], column: str) -> Any:
 
 
 def _instruction(instruction: str, given: Any, answer: Any) -> dict[str, str]:
-    section = f"### Input:\n{given}\n\n" if given else ""
+    section = "" if given is None else f"### Input:\n{_written(given, 'the input')}\n\n"
     prompt = INSTRUCTION_TEMPLATE.format(instruction=instruction, input=section)
     return {"prompt": prompt, "completion": _answer(answer)}

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ def load_prompts(source: str | Path, column: str = "prompt") -> Dataset:
 
     Raises:
         FileNotFoundError: a file that is not there.
-        ValueError: no prompts, an empty prompt, or no such column.
+        ValueError: no prompts, one that is empty or no text, or no such column.
     """
     path = Path(source)
     if path.suffix in (".txt", ".jsonl", ".csv"):
@@ -37,9 +38,7 @@ def load_prompts(source: str | Path, column: str = "prompt") -> Dataset:
         prompts = list(data[column])
     if not prompts:
         raise ValueError(f"{source} holds no prompts")
-    empty = [i for i, prompt in enumerate(prompts) if not str(prompt).strip()]
-    if empty:
-        raise ValueError(f"{source}: prompt {empty[0] + 1} of {len(prompts)} is empty")
+    check_texts(prompts, f"{source}: prompt")
     return Dataset.from_dict({"prompt": prompts})
 
 
@@ -52,18 +51,47 @@ def collate_prompts(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row[name] for row in rows] for name in names}
 
 
-def check_prompts(data: Any, at_least: int) -> None:
-    """Refuses a dataset that cannot give `at_least` non-empty prompts.
+def check_text(value: Any, name: str) -> None:
+    """Refuses a value that is no text: null, a number, a list of chat messages.
+
+    Raises:
+        ValueError: says what it is, by its `name`, and what to do.
+    """
+    if not isinstance(value, str):
+        raise ValueError(
+            f"{name} is no text but {value!r:.60}: leave such rows out; chat messages become a "
+            "text by tokenizer.apply_chat_template(..., tokenize=False)"
+        )
+
+
+def check_texts(texts: Sequence[Any], name: str, remedy: str = "leave such rows out") -> None:
+    """Refuses a column of which a row is no text, or blank.
+
+    Args:
+        texts: the column.
+        name: what one of them is called; its number, from 0, is put after it.
+        remedy: of blank ones.
+
+    Raises:
+        ValueError: names the first, and says what to do.
+    """
+    for i, text in enumerate(texts):
+        check_text(text, f"{name} {i}")
+    empty = [i for i, text in enumerate(texts) if not text.strip()]
+    if empty:
+        raise ValueError(f"{name} {empty[0]} is empty ({len(empty)} of {len(texts)} are): {remedy}")
+
+
+def check_prompts(data: Any, which: str, at_least: int) -> None:
+    """Refuses a dataset, by its name `which`, that cannot give `at_least` non-empty prompts.
 
     Raises:
         ValueError: says which column, how many rows, or which row is the trouble.
     """
     if data is None or "prompt" not in data.column_names:
         columns = None if data is None else data.column_names
-        raise ValueError(f"a dataset with a 'prompt' column is needed; it has {columns}")
-    empty = [i for i, prompt in enumerate(data["prompt"]) if not prompt.strip()]
-    if empty:
-        raise ValueError(f"prompt {empty[0]} is empty ({len(empty)} of {len(data)} are)")
+        raise ValueError(f"a dataset with a 'prompt' column is needed; {which} has {columns}")
+    check_texts(list(data["prompt"]), f"{which}: prompt")
     if len(data) < at_least:
         raise ValueError(
             f"{len(data)} prompts for per_device_train_batch_size={at_least}; "
@@ -85,8 +113,8 @@ def _data_set(source: str) -> Dataset:
     return data[split]
 
 
-def _read(path: Path, column: str) -> list[str]:
-    with path.open(encoding="utf-8", newline="") as file:
+def _read(path: Path, column: str) -> list[Any]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".txt":
             return [line.rstrip() for line in file if line.strip()]
         if path.suffix == ".csv":
@@ -95,11 +123,11 @@ def _read(path: Path, column: str) -> list[str]:
             rows = [_json_row(path, i, line) for i, line in enumerate(file, 1) if line.strip()]
     without = [row for row in rows if column not in row]
     if without:
-        raise ValueError(f"{path} has the columns {sorted(without[0])}, not {column!r}")
-    return [row[column] or "" for row in rows]
+        raise ValueError(f"{path} has the columns {sorted(map(str, without[0]))}, not {column!r}")
+    return [row[column] for row in rows]
 
 
-def _json_row(path: Path, number: int, line: str) -> dict[str, str]:
+def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
     if not line.lstrip().startswith("{"):
         raise ValueError(f"{path}, line {number} is no JSON object: {line.strip()[:40]!r}")
     try:

@@ -35,6 +35,8 @@ from rlkl.kl import (
 MAX_DERIVATIVES = 5_000_000
 """N·N·T·V at most: each of a term's N values by the log-probabilities [N, T, V]. Time and memory
 grow with it."""
+MIN_PROBABILITY = 1e-150
+"""Of any response: the audit squares ratios of probabilities, and float64 ends at 1e308."""
 TOLERANCE = 1e-9
 """Relative errors below it are rounding."""
 HT_DRAWS = 8
@@ -57,15 +59,29 @@ def random_models(
     """Policy and reference with normal logits, and a sampler whose logits differ by `drift`.
 
     Raises:
-        ValueError: more than the audit can differentiate, or `drift` is not finite.
+        ValueError: more than the audit can differentiate, or a `drift` whose logits are not finite.
     """
     _check_size(vocab_size, length, eos)
-    if not math.isfinite(drift):
-        raise ValueError(f"drift is {drift}; it must be finite")
     policy, ref, noise = (
         TabularLM.random(vocab_size, length, eos=eos, seed=(3 * seed + i) % 2**64) for i in range(3)
     )
-    return Models(policy, ref, policy.with_logits(policy.logits + drift * noise.logits))
+    sampler_logits = policy.logits + drift * noise.logits
+    if not sampler_logits.isfinite().all():
+        raise ValueError(f"drift is {drift}; the sampler's logits must be finite: use 1, say")
+    return Models(policy, ref, policy.with_logits(sampler_logits))
+
+
+def _check_probabilities(models: Models) -> None:
+    """Refuses models whose weights, or the squares of them, are lost to under- or overflow."""
+    for name in ("policy", "ref", "sampler"):
+        lowest = getattr(models, name).response_logp().min().item()
+        if not lowest >= math.log(MIN_PROBABILITY):
+            raise ValueError(
+                f"{name} gives a response the probability 10^{lowest / math.log(10):.4g}; below "
+                f"{MIN_PROBABILITY:g} variances of weights are no numbers in float64: use "
+                + ("a smaller drift, or " if name == "sampler" else "")
+                + "logits that are closer to one another"
+            )
 
 
 def _check_size(vocab_size: int, length: int, eos: int | None) -> None:
@@ -152,10 +168,12 @@ def audit(models: Models, *, top_k: int = 2, truncate_at: float = 1.5) -> dict[s
         truncate_at: the bound of truncated weights.
 
     Raises:
-        ValueError: the models have different responses, or `top_k` or `truncate_at` is below 1.
+        ValueError: the models have different responses, one of them gives a response less than
+            `MIN_PROBABILITY`, or `top_k` or `truncate_at` is below 1.
     """
     if not truncate_at >= 1:
         raise ValueError(f"truncate_at is {truncate_at}; it must be at least 1")
+    _check_probabilities(models)
     exact, gradient = exact_kl(models.policy, models.ref), exact_gradient(models.policy, models.ref)
     on, off = replace(models, sampler=models.policy), models
 

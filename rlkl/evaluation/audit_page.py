@@ -44,6 +44,11 @@ def formatted(row: dict[str, Any], key: str) -> str:
     return f"{value:+.3g}" if key in ("value_bias", "grad_cos") else f"{value:.3g}"
 
 
+def percent(share: float) -> str:
+    """A share in percent with three digits, however small: 0 only where it is 0."""
+    return f"{100 * share:.3g}%"
+
+
 def verdict(row: dict[str, Any], key: str, exact_kl: float) -> str:
     """green, yellow, red, or "" for a number that is not judged (variances)."""
     value = row[key]
@@ -83,8 +88,8 @@ def audit_page(record: dict[str, Any]) -> str:
     introductions = {
         "on": "The policy's own responses: a first update.",
         "off": "An older policy's responses: a later epoch, an asynchronous sampler. Its effective "
-        f"sample size is {record['ess_fraction']:.0%} of the responses; "
-        f"{record['truncated_fraction']:.1%} of the tokens have a prefix weight over "
+        f"sample size is {percent(record['ess_fraction'])} of the responses; "
+        f"{percent(record['truncated_fraction'])} of the tokens have a prefix weight over "
         f"{record['truncate_at']:g}.",
     }
     for title, key in (("Libraries", "configurations"), ("Estimator × placement", "rows")):

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from rlkl.models.tokenizers import padding_id
+
 
 def openings(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) -> list[list[int]]:
     """Token ids of the first `length` tokens of each text, after the opening bos token."""
@@ -31,7 +33,7 @@ def nats_of_openings(
     rows, nats, tokens = openings(tokenizer, texts, length), 0.0, 0
     for begin in range(0, len(rows), 64):
         batch = rows[begin : begin + 64]
-        ids = torch.full((len(batch), length + 1), cast(int, tokenizer.pad_token_id))
+        ids = torch.full((len(batch), length + 1), padding_id(tokenizer))
         real = torch.zeros(len(batch), length + 1, dtype=torch.bool)
         for i, row in enumerate(batch):
             ids[i, : len(row)] = torch.tensor(row)

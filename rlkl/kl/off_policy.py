@@ -23,7 +23,8 @@ Weights have heavy tails: the product of T ratios may be huge for a few response
 bounds each weight by c; E[min(W, c)] < E[W], so it biases a KL of non-negative terms (D_t)
 downwards. It is never done unless asked for, and `truncated_fraction` says how often it would be.
 
-All weights are 1, and every formula that of one policy, where π = μ.
+All weights are 1, and every formula that of one policy, where π = μ. Where π gives y_t no
+probability, W_{t+1} and all weights after it are 0, and so is a term of weight 0, whatever its k_t.
 
 References:
     prefix weights as such: Eligibility Traces for Off-Policy Policy Evaluation (Precup, Sutton and
@@ -165,7 +166,7 @@ def prefix_weighted_surrogate(
     """
     logps = policy_token_logp, sampler_token_logp, mask
     weights = prefix_weights(*logps, own_token=own_token, truncate_at=truncate_at)
-    return (weights * torch.where(mask, k, 0.0)).sum(1)
+    return _weighted(weights, k, mask).sum(1)
 
 
 class PrefixChannels(NamedTuple):
@@ -199,7 +200,7 @@ def prefix_channels(
     """
     logps = policy_token_logp, sampler_token_logp, mask
     weights = prefix_weights(*logps, own_token=own_token, truncate_at=truncate_at).detach()
-    weighted = weights * torch.where(mask, k, 0.0)
+    weighted = _weighted(weights, k, mask)
     return PrefixChannels(torch.where(mask, weights, 0.0), future_kl(weighted, mask, own_token))
 
 
@@ -223,13 +224,19 @@ def token_ratio_surrogate(
         tensor([0.3500])
     """
     ratios = token_ratios(policy_token_logp, sampler_token_logp, mask)
-    return (ratios * torch.where(mask, k, 0.0)).sum(1)
+    return _weighted(ratios, k, mask).sum(1)
+
+
+def _weighted(weights: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    """Weights · k, 0 where masked and where the weight is 0: there k may be nan or infinite."""
+    return weights * torch.where(mask & (weights != 0), k, 0.0)
 
 
 def _log_ratio(policy_token_logp: Tensor, sampler_token_logp: Tensor, mask: Tensor) -> Tensor:
-    """Log r_t, 0 where masked; the sampler is a constant."""
+    """Log r_t, 0 where masked; -inf where the policy has none, whatever the sampler, a constant."""
     policy = torch.where(mask, policy_token_logp, 0.0)
-    return policy - torch.where(mask, sampler_token_logp, 0.0).detach()
+    sampler = torch.where(mask & (policy > -torch.inf), sampler_token_logp, 0.0)
+    return policy - sampler.detach()
 
 
 def _exp(log_weights: Tensor, truncate_at: float | None) -> Tensor:

@@ -80,7 +80,8 @@ def response_statistics(
     With `sampler_token_logp`, the responses are those of another policy μ, and each term is
     weighted so that its mean under μ is its mean under π: W_t D_t, W_{t+1} u_t and w - 1 times
     π(y)/μ(y), W the prefix weights of `rlkl.kl.off_policy`. M_t = W_{t+1} u_t - W_t D_t still has
-    mean 0.
+    mean 0. Of a response that π gives no probability, terms of weight 0 are 0, and the last is
+    q(y)/μ(y).
 
     Args:
         policy_token_logp: log π(y_t|h_t).
@@ -101,17 +102,23 @@ def response_statistics(
     def real(x: Tensor) -> Tensor:
         return torch.where(mask, x.detach().double(), 0.0)
 
-    policy, d = real(policy_token_logp), real(token_kl)
-    u = policy - real(ref_token_logp)
+    policy, ref, d = real(policy_token_logp), real(ref_token_logp), real(token_kl)
+    u = policy - ref
     excess = torch.expm1(-u.sum(1))
     if sampler_token_logp is None:
         return ResponseStatistics(u.sum(1), excess, d.sum(1), u - d, policy.sum(1))
-    logps = policy, real(sampler_token_logp), mask
+    sampler = real(sampler_token_logp)
+    logps = policy, sampler, mask
     before = prefix_weights(*logps, truncate_at=truncate_at)
     through = prefix_weights(*logps, truncate_at=truncate_at, own_token=True)
-    d, u = before * d, through * u
+    d, u = torch.where(before > 0, before * d, 0.0), torch.where(through > 0, through * u, 0.0)
     last = (mask.sum(1, keepdim=True) - 1).clamp(min=0)
-    excess = excess * through.gather(1, last).squeeze(1)
+    # (w - 1) π(y)/μ(y) = (q(y) - π(y))/μ(y), by the form that keeps its digits where π(y) > 0.
+    excess = torch.where(
+        policy.sum(1) > -torch.inf,
+        excess * through.gather(1, last).squeeze(1),
+        (ref - sampler).sum(1).exp(),
+    )
     return ResponseStatistics(u.sum(1), excess, d.sum(1), u - d, None)
 
 

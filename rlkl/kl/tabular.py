@@ -164,7 +164,9 @@ def gradient_moments(
         True
     """
     _check_same_responses(policy, ref)
-    ref_logp, tokens, mask = ref.policy_logp(), policy.tokens, policy.mask
+    ref_logp, tokens = ref.policy_logp(), policy.tokens
+    # Responses that are never sampled: 0 times their infinite KL would be nan.
+    mask = policy.mask & (policy.response_logp() > -torch.inf).unsqueeze(1)
 
     def surrogate(policy_logp: Tensor) -> Tensor:
         k = estimator(policy_logp, ref_logp, tokens, mask)

@@ -1,6 +1,7 @@
 """Tokenizers: loading them for left-padded generation, and telling whether two are the same."""
 
 import os
+from typing import cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -19,6 +20,19 @@ def load_tokenizer(name_or_path: str | os.PathLike[str] | None = None) -> PreTra
             raise ValueError(f"the tokenizer of {name_or_path} has neither pad nor eos token")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the tokenizer's padding token.
+
+    Raises:
+        ValueError: it has none; says how to give it one.
+    """
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            "the tokenizer has no pad token: tokenizer.pad_token = tokenizer.eos_token gives it one"
+        )
+    return cast(int, tokenizer.pad_token_id)
 
 
 def check_same_tokenizer(policy: PreTrainedTokenizerBase, ref: PreTrainedTokenizerBase) -> None:

@@ -5,6 +5,7 @@ from typing import cast
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from rlkl.models.tokenizers import padding_id
 from rlkl.rollout.records import Responses
 from rlkl.rollout.sampling import encode_prompts
 
@@ -61,7 +62,7 @@ def given_responses(
     ended = torch.tensor([len(row) <= max_new_tokens for row in rows])
     rows = [row[:max_new_tokens] for row in rows]
     length = max(map(len, rows))
-    tokens = torch.full((len(rows), length), cast(int, tokenizer.pad_token_id))
+    tokens = torch.full((len(rows), length), padding_id(tokenizer))
     mask = torch.zeros(len(rows), length, dtype=torch.bool)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = torch.tensor(row)

@@ -7,15 +7,17 @@ step is one pass of the trunk, one product with the head, and one draw.
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from rlkl.data import check_text
 from rlkl.kl import head_logits
 from rlkl.models import at_least_float32, output_head, position_ids
 from rlkl.models.language_model import causal_lm, check_positions, trunk_of
+from rlkl.models.tokenizers import padding_id
 from rlkl.rollout.cache import reserved_cache
 from rlkl.rollout.records import Responses
 
@@ -32,13 +34,14 @@ def encode_prompts(
     A prompt longer than `max_length` tokens loses its beginning, as a context window would.
 
     Raises:
-        ValueError: there are no prompts, or one of them is empty.
+        ValueError: there are no prompts, or one of them is empty or no text.
     """
     if not prompts:
         raise ValueError("no prompts were given")
     rows = []
     opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     for number, prompt in enumerate(prompts):
+        check_text(prompt, f"prompt {number}")
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         if not ids:
             raise ValueError(f"prompt {number} is empty; every prompt needs at least one token")
@@ -46,7 +49,7 @@ def encode_prompts(
             ids = opening + ids
         rows.append(ids if max_length is None else ids[-max_length:])
     width = max(map(len, rows))
-    token_ids = torch.full((len(rows), width), cast(int, tokenizer.pad_token_id))
+    token_ids = torch.full((len(rows), width), padding_id(tokenizer))
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     for i, row in enumerate(rows):
         token_ids[i, width - len(row) :] = torch.tensor(row)
@@ -165,7 +168,8 @@ def sample_responses(
         on_batch: called with the number of responses done in each batch, for a progress bar.
 
     Raises:
-        ValueError: no prompts, an empty one, or more tokens than the model has positions for.
+        ValueError: no prompts, one that is empty or no text, or more tokens than the model has
+            positions for.
     """
     device = causal_lm(model).device
     prompt_ids, prompt_mask = encode_prompts(tokenizer, prompts, max_prompt_length)
@@ -173,7 +177,7 @@ def sample_responses(
     lengths = prompt_mask.sum(1)
     check_positions(model, int(lengths.max()) + max_new_tokens - 1)  # the last is not read
     order = torch.argsort(lengths, stable=True)
-    pad_token_id = cast(int, tokenizer.pad_token_id)
+    pad_token_id = padding_id(tokenizer)
     tokens = torch.full((len(prompts), max_new_tokens), pad_token_id)
     mask = torch.zeros(len(prompts), max_new_tokens, dtype=torch.bool)
     ended = torch.zeros(len(prompts), dtype=torch.bool)

@@ -46,6 +46,7 @@ class Frontier:
     reference_point: tuple[float, float]
     share_on_front: dict[str, Estimate]
     hypervolume: dict[str, Estimate]
+    """Of the arms that have a run of every configuration: fewer cover less."""
     hypervolume_difference: dict[tuple[str, str], Estimate]
     surfaces: dict[str, list[tuple[float, float]]]
     """Median attainment surface of each arm: corners, by rising KL."""
@@ -83,12 +84,12 @@ def frontier(result: SweepResult, measure: Measure = "reward", resamples: int = 
         each = replicas.hypervolumes(drawn, reference_point)
         return np.concatenate([each, each[first] - each[second]])
 
-    covered = replicas.interval(volumes, resamples=resamples)
+    covered = replicas.interval(volumes, [*([arm] for arm in arms), *pairs], resamples)
+    whole = set(arms) - {cell.arm for cell in result.missing if not cell.measured}
     within = replicas.best_within(kls)
     surfaces = {}
     for arm in arms:
-        rows = original[[c for c, name in enumerate(replicas.arms) if name == arm]]
-        index = [replicas.points_of(column) for column in rows.T if (column >= 0).any()]
+        index = [replicas.points_of(runs) for runs in replicas.whole_sets(original, arm).T]
         sets = np.repeat(np.arange(len(index)), [len(i) for i in index])
         corners = attainment_surface(values[np.concatenate(index)], sets, 0.5)
         surfaces[arm] = [(float(kl), float(score)) for kl, score in corners]
@@ -97,8 +98,12 @@ def frontier(result: SweepResult, measure: Measure = "reward", resamples: int = 
         on_front=pareto_front(values).tolist(),
         reference_point=reference_point,
         share_on_front=dict(zip(arms, shares, strict=True)),
-        hypervolume=dict(zip(arms, covered[: len(arms)], strict=True)),
-        hypervolume_difference=dict(zip(pairs, covered[len(arms) :], strict=True)),
+        hypervolume={arm: e for arm, e in zip(arms, covered, strict=False) if arm in whole},
+        hypervolume_difference={
+            pair: e
+            for pair, e in zip(pairs, covered[len(arms) :], strict=True)
+            if whole.issuperset(pair)
+        },
         surfaces=surfaces,
         attained={
             arm: replicas.percentiles(
@@ -120,15 +125,17 @@ def _value(point: Point, measure: Measure) -> float:
 
 
 def _replicas(points: Sequence[Point], values: np.ndarray) -> Replicas:
-    runs = {run: i for i, run in enumerate(dict.fromkeys(p.run_id for p in points))}
-    of_run = {p.run_id: p for p in points}
+    ends = [i for i, p in enumerate(points) if p.last]
+    ends.sort(key=lambda i: (points[i].configuration, points[i].seed))  # whatever their order
+    runs = {points[end].run_id: number for number, end in enumerate(ends)}
     numbers = sorted({p.configuration for p in points})
     arm_of = {p.configuration: p.arm for p in points}
     return Replicas(
         values,
         np.array([runs[p.run_id] for p in points]),
-        np.array([numbers.index(of_run[run].configuration) for run in runs]),
+        np.array([numbers.index(points[end].configuration) for end in ends]),
         [arm_of[number] for number in numbers],
+        np.array(ends),
     )
 
 
@@ -142,7 +149,7 @@ def _compare(replicas: Replicas, first: str, second: str, resamples: int) -> Com
         at = replicas.reward_at(drawn, first, kls) - replicas.reward_at(drawn, second, kls)
         return np.append(at, np.trapezoid(at, kls) / (span[1] - span[0]))
 
-    estimates = replicas.interval(difference, [first, second], resamples)
+    estimates = replicas.interval(difference, [(first, second)] * (GRID + 1), resamples)
     return Comparison(first, second, kls.tolist(), estimates[:-1], estimates[-1])
 
 
@@ -155,6 +162,8 @@ class Efficiency:
     upper_bound: bool
     """Whether its KL is beyond what the samples of the reference carry: the optimum's gain there is
     at least that at their limit, and the share at most this."""
+    lower_bound: bool
+    """Whether it is beyond with less reward than the reference: the share is between this and 0."""
 
 
 def efficiencies(result: SweepResult) -> list[Efficiency | None]:
@@ -182,7 +191,7 @@ def efficiencies(result: SweepResult) -> list[Efficiency | None]:
         slope = 0.0 if beyond else float(ahead - behind) / (2 * step)
         share = float((point.reward - start) / best)
         error = float(np.hypot(point.reward_se, share * slope * point.kl_se)) / best
-        found.append(Efficiency(share, error, beyond))
+        found.append(Efficiency(share, error, beyond and share >= 0, beyond and share < 0))
     return found
 
 

@@ -55,6 +55,7 @@ def point_rows(analysis: Analysis) -> list[dict[str, Any]]:
         if efficiency is not None:
             row["efficiency"], row["efficiency_se"] = efficiency.share, efficiency.stderr
             row["efficiency_is_upper_bound"] = efficiency.upper_bound
+            row["efficiency_is_lower_bound"] = efficiency.lower_bound
         rows.append(row)
     return rows
 
@@ -65,7 +66,9 @@ def frontier_json(analysis: Analysis) -> dict[str, Any]:
     ``points``, ``share_on_front`` and ``hypervolume`` (each {value, ci95}),
     ``hypervolume_difference``, ``reference_point`` [KL, reward], ``optimal`` [[KL, reward,
     trusted], …], ``best_of_n`` [[n, KL bound, reward], …], ``comparisons`` at equal KL,
-    ``over_optimisation``, and under ``judge`` the same by the judge's score.
+    ``over_optimisation``, under ``judge`` the same by the judge's score, ``failed`` with notes, and
+    ``missing`` [{label, seed}, …]: cells without a measurement. An arm that lacks a run of one of
+    its configurations has no hypervolume.
     """
     record = {"name": analysis.result.name, "points": point_rows(analysis)}
     record |= _measure(analysis, analysis.reward)
@@ -76,6 +79,7 @@ def frontier_json(analysis: Analysis) -> dict[str, Any]:
         for arm, found in analysis.over_optimised.items()
     }
     record["failed"] = analysis.result.failed
+    record["missing"] = [{"label": c.label, "seed": c.seed} for c in analysis.result.missing]
     return record
 
 

@@ -109,8 +109,9 @@ def _hover(analysis: Analysis, index: int) -> str:
     if point.judge is not None and point.judge_se is not None:
         lines.append(f"judge {point.judge:+.3f} ± {Z * point.judge_se:.3f}")
     if efficiency is not None:
-        at_most = "at most " if efficiency.upper_bound else ""
-        lines.append(f"{at_most}{efficiency.share:.0%} of the optimum's gain at this KL")
+        bound = "at most " if efficiency.upper_bound else ""
+        bound = "at least " if efficiency.lower_bound else bound
+        lines.append(f"{bound}{efficiency.share:.0%} of the optimum's gain at this KL")
     lines.append("click for sample texts")
     return "<br>".join(lines)
 

@@ -6,6 +6,10 @@ from typing import Any
 from rlkl.sweep.analysis import Comparison
 from rlkl.sweep.export import Analysis
 from rlkl.sweep.frontier import Estimate
+from rlkl.sweep.records import SweepResult
+
+NAMED = 8
+"""Configurations, at most, that the sentence of what is missing names."""
 
 
 def findings(analysis: Analysis) -> list[dict[str, Any]]:
@@ -16,6 +20,8 @@ def findings(analysis: Analysis) -> list[dict[str, Any]]:
     def say(text: str, warn: bool = False) -> None:
         lines.append({"text": text, "warn": warn})
 
+    if result.missing:
+        say(_missing(analysis), warn=True)
     for comparison in front.comparisons:
         say(_said(comparison))
     compared = {(comparison.first, comparison.second) for comparison in front.comparisons}
@@ -44,13 +50,14 @@ def findings(analysis: Analysis) -> list[dict[str, Any]]:
             "configuration that the judge likes best, none has more reward by a t-test (2.5%). No "
             "other configurations were compared."
         )
-    reached = [
-        (e.share, p)
+    ends = [
+        (e, p)
         for e, p in zip(analysis.efficiency, result.points, strict=True)
-        if e is not None and p.last and not e.upper_bound
+        if e is not None and p.last
     ]
-    beyond = [e for e, p in zip(analysis.efficiency, result.points, strict=True) if e and p.last]
-    beyond = [e.share for e in beyond if e.upper_bound]
+    reached = [(e.share, p) for e, p in ends if not (e.upper_bound or e.lower_bound)]
+    beyond = [e.share for e, _ in ends if e.upper_bound]
+    lost = sum(e.lower_bound for e, _ in ends)
     if reached:
         share, point = max(reached, key=lambda pair: pair[0])
         known = max(p["kl"] for p in (result.reference or {})["optimal"] if p["trusted"])
@@ -64,6 +71,7 @@ def findings(analysis: Analysis) -> list[dict[str, Any]]:
                 if beyond
                 else ""
             )
+            + (f" {lost} runs beyond have less reward than the reference." if lost else "")
         )
     seeds = {p.seed for p in result.points}
     if len(seeds) < 3:
@@ -79,6 +87,28 @@ def findings(analysis: Analysis) -> list[dict[str, Any]]:
     if result.failed:
         say(f"{len(result.failed)} cells failed and are missing here.", warn=True)
     return lines
+
+
+def missing_runs(result: SweepResult) -> list[str]:
+    """The cells without a measurement, a line a configuration: ``rb kl_coef=0.1: seeds 1, 2``."""
+    seeds: dict[str, list[str]] = {}
+    for cell in result.missing:
+        seeds.setdefault(cell.label, []).append(str(cell.seed))
+    return [f"{at}: seed{'s' * (len(s) > 1)} {', '.join(s)}" for at, s in seeds.items()]
+
+
+def _missing(analysis: Analysis) -> str:
+    result = analysis.result
+    runs = missing_runs(result)
+    more = f"; and {len(runs) - NAMED} more configurations" if len(runs) > NAMED else ""
+    cells = len(result.missing) + len({p.run_id for p in result.points})
+    part = [arm for arm in result.arms if arm not in analysis.reward.hypervolume]
+    volumes = f" No hypervolume of {', '.join(part)}: some configurations have no run."
+    return (
+        f"{len(result.missing)} of {cells} cells are missing ({'; '.join(runs[:NAMED])}{more}). "
+        "Shares of the front count the runs that there are, and intervals need two seeds of every "
+        f"configuration.{volumes if part else ''}"
+    )
 
 
 def _said(comparison: Comparison) -> str:

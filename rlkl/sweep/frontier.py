@@ -139,6 +139,7 @@ class Replicas:
         runs: [N] which run a point belongs to, 0 … R−1.
         configurations: [R] which configuration a run is a replica of, 0 … C−1.
         arms: [C] which arm a configuration belongs to.
+        ends: [R] the point that a run ends with, 0 … N−1.
     """
 
     def __init__(
@@ -147,16 +148,18 @@ class Replicas:
         runs: Int[np.ndarray, " N"],
         configurations: Int[np.ndarray, " R"],
         arms: Sequence[str],
+        ends: Int[np.ndarray, " R"],
     ) -> None:
         self.points, self.runs, self.configurations = _checked(points), runs, configurations
+        self.ends = ends
         self.arms = list(arms)
         self.names = list(dict.fromkeys(self.arms))
         self.replicas = [np.flatnonzero(configurations == c) for c in range(len(self.arms))]
         self.sets = max(len(runs) for runs in self.replicas)
         """S: replicas of the configuration that has most."""
         order = np.argsort(runs, kind="stable")
-        ends = np.searchsorted(runs[order], np.arange(len(configurations) + 1))
-        self._points_of = [order[ends[r] : ends[r + 1]] for r in range(len(configurations))]
+        limits = np.searchsorted(runs[order], np.arange(len(configurations) + 1))
+        self._points_of = [order[limits[r] : limits[r + 1]] for r in range(len(configurations))]
 
     # ---- resampling ------------------------------------------------------------------------------
 
@@ -180,7 +183,7 @@ class Replicas:
     def interval(
         self,
         statistic: Callable[[Int[np.ndarray, "C S"]], Float[np.ndarray, " K"]],
-        arms: Sequence[str] | None = None,
+        rests_on: Sequence[Sequence[str]] | None = None,
         resamples: int = 500,
         bounds: tuple[float, float] = (-np.inf, np.inf),
         seed: int = 0,
@@ -193,11 +196,13 @@ class Replicas:
         (`variance_shares`). A bootstrap of n values has a variance too small by (n − 1)/n: the root
         mends it. t is Student's with the degrees of freedom of Σ_c v_c (`satterthwaite`), n_c − 1
         for each c: a number that rests on one configuration has its n_c − 1, a mean over many
-        nearly those of all. Cut at `bounds`. No interval where the configurations of `arms` (all)
-        have but one replica each.
+        nearly those of all. Cut at `bounds`. `rests_on` names the arms of each number (all arms);
+        where one of their configurations has but one replica, whose spread nobody knows, the number
+        has no interval.
         """
         value = np.asarray(statistic(self.original()), dtype=float)
-        if not self._replicated(arms):
+        known = [self._replicated(arms) for arms in rests_on or [self.names] * len(value)]
+        if not any(known):
             return [Estimate(float(v), None) for v in value]
         draws = np.array([statistic(drawn) for drawn in self.resamples(resamples, seed)])
         counts = np.array([len(runs) for runs in self.replicas])[:, None]
@@ -208,12 +213,13 @@ class Replicas:
         widened = np.sqrt(shares.sum(0) / (shares * (counts - 1) / counts).sum(0))
         half = stats.t.ppf(0.975, satterthwaite(shares, counts - 1)) * widened * draws.std(axis=0)
         low, high = np.maximum(value - half, bounds[0]), np.minimum(value + half, bounds[1])
-        return _estimates(value, low, high)
+        found = _estimates(value, low, high)
+        return [e if k else Estimate(e.value, None) for e, k in zip(found, known, strict=True)]
 
     def percentiles(
         self,
         statistic: Callable[[Int[np.ndarray, "C S"]], Float[np.ndarray, " K"]],
-        arms: Sequence[str] | None = None,
+        arms: Sequence[str],
         resamples: int = 500,
         seed: int = 0,
     ) -> list[Estimate]:
@@ -221,7 +227,8 @@ class Replicas:
 
         For statistics that jump from one run to another, whose spread says nothing of their range:
         the limits are values that some seeds have given, and rise with the statistic. Of few seeds
-        they hold the truth less often than in 95% of cases.
+        they hold the truth less often than in 95% of cases. None where a configuration of `arms`
+        has but one replica.
         """
         value = np.asarray(statistic(self.original()), dtype=float)
         if not self._replicated(arms):
@@ -250,11 +257,9 @@ class Replicas:
                 share += (statistic(replaced) - value) ** 2 / 2
         return shares
 
-    def _replicated(self, arms: Sequence[str] | None) -> bool:
-        return any(
-            len(runs) > 1
-            for runs, arm in zip(self.replicas, self.arms, strict=True)
-            if arms is None or arm in arms
+    def _replicated(self, arms: Sequence[str]) -> bool:
+        return all(
+            len(runs) > 1 for runs, arm in zip(self.replicas, self.arms, strict=True) if arm in arms
         )
 
     # ---- statistics of drawn runs ----------------------------------------------------------------
@@ -265,6 +270,16 @@ class Replicas:
 
     def _arm_rows(self, arm: str) -> Int[np.ndarray, " A"]:
         return np.array([c for c, name in enumerate(self.arms) if name == arm])
+
+    def whole_sets(self, drawn: Int[np.ndarray, "C S"], arm: str) -> Int[np.ndarray, "A Z"]:
+        """Z sets of one run of every configuration of an arm; Z: replicas of that which has most.
+
+        A configuration with fewer replicas takes part in the later sets with its first ones again.
+        A set that lacked it would cover and attain less, whatever the runs are worth.
+        """
+        rows = drawn[self._arm_rows(arm)]
+        counts = (rows >= 0).sum(1, keepdims=True)
+        return np.take_along_axis(rows, np.arange(counts.max()) % counts, axis=1)
 
     def share_on_front(self, drawn: Int[np.ndarray, "C S"]) -> Float[np.ndarray, " A"]:
         """Share of the common front's points that each arm has; the shares add up to 1."""
@@ -277,12 +292,10 @@ class Replicas:
     def hypervolumes(
         self, drawn: Int[np.ndarray, "C S"], reference_point: tuple[float, float]
     ) -> Float[np.ndarray, " A"]:
-        """Hypervolume of each arm: the mean over the sets, which more seeds do not raise."""
+        """Hypervolume of each arm: the mean over its whole sets, which more seeds do not raise."""
         volumes = []
         for arm in self.names:
-            rows = drawn[self._arm_rows(arm)]
-            filled = [column[column >= 0] for column in rows.T]
-            sets = [self.points[self.points_of(runs)] for runs in filled if len(runs)]
+            sets = [self.points[self.points_of(runs)] for runs in self.whole_sets(drawn, arm).T]
             volumes.append(np.mean([hypervolume(s, reference_point) for s in sets]))
         return np.array(volumes)
 
@@ -300,19 +313,17 @@ class Replicas:
         best_within: Float[np.ndarray, "R K"],
         floor: float,
     ) -> Float[np.ndarray, " K"]:
-        """Reward that at least half of an arm's sets attain within each of K KLs.
+        """Reward that at least half of an arm's whole sets attain within each of K KLs.
 
         The floor is the reward of the reference itself, which every set attains with no KL.
         """
-        rows = drawn[self._arm_rows(arm)]
-        best = np.where(rows[..., None] >= 0, best_within[rows], -np.inf).max(0)  # [S, K]
+        best = best_within[self.whole_sets(drawn, arm)].max(0)  # [Z, K]
         best = np.sort(np.maximum(best, floor), axis=0)[::-1]
         return best[int(np.ceil(len(best) / 2)) - 1]
 
     def means(self, drawn: Int[np.ndarray, "C S"]) -> Float[np.ndarray, "C 2"]:
-        """(KL, reward) of each configuration: the mean over its drawn replicas' last points."""
-        last = np.array([points[-1] for points in self._points_of])
-        ends = self.points[last]  # [R, 2]
+        """(KL, reward) of each configuration: the mean over its drawn replicas' ends."""
+        ends = self.points[self.ends]  # [R, 2]
         there = (drawn >= 0)[..., None]
         return np.where(there, ends[drawn], 0.0).sum(1) / there.sum(1)
 

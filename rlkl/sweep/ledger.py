@@ -143,6 +143,8 @@ class Ledger:
     def __init__(self, url: str, name: str | None = None) -> None:
         self.url, self.engine = url, engine_of(url)
         names = sweep_names(self.engine)
+        if name is None and not names:
+            raise ValueError(f"{url} holds no sweep; `rlkl sweep run` begins one")
         if name is None and len(names) != 1:
             raise ValueError(f"{url} holds the sweeps {names}; choose one by --name")
         self.name = name if name is not None else names[0]
@@ -381,7 +383,7 @@ def sweep_names(engine: sa.Engine) -> list[str]:
     try:
         if not sa.inspect(engine).has_table(SWEEPS.name):
             return []
-    except exc.OperationalError as error:
+    except exc.DatabaseError as error:
         raise ValueError(f"cannot open {engine.url}: {error.orig}") from error
     with engine.connect() as db:
         return list(db.execute(sa.select(SWEEPS.c.name).order_by(SWEEPS.c.name)).scalars())

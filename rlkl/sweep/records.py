@@ -1,6 +1,7 @@
 """What a sweep has measured, as flat records: one a point, with the configuration it came from."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from rlkl.sweep.fields import not_finite
 from rlkl.sweep.ledger import REFERENCE, Ledger
+from rlkl.sweep.spec import SearchSpec, SweepSpec
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,17 @@ class Point:
 
 
 @dataclass(frozen=True)
+class MissingCell:
+    """A cell of a sweep that has no point: it failed, is running or has not begun."""
+
+    arm: str
+    label: str
+    seed: int
+    measured: bool
+    """Whether its configuration has points of other seeds."""
+
+
+@dataclass(frozen=True)
 class SweepResult:
     """Everything a report is made of."""
 
@@ -52,6 +65,22 @@ class SweepResult:
     spec: dict[str, Any]
     versions: dict[str, str]
 
+    def __post_init__(self) -> None:
+        ends = Counter(point.run_id for point in self.ends)
+        runs: dict[tuple[int, int], str] = {}
+        for point in self.points:
+            if ends[point.run_id] != 1:
+                raise ValueError(
+                    f"run {point.run_id} has {ends[point.run_id]} points that end it (last: true); "
+                    "one is needed"
+                )
+            other = runs.setdefault((point.configuration, point.seed), point.run_id)
+            if other != point.run_id:
+                raise ValueError(
+                    f"{other} and {point.run_id} are both configuration {point.configuration}, "
+                    f"seed {point.seed}: one run of each is needed"
+                )
+
     @property
     def arms(self) -> list[str]:
         """What is compared, in the order of the grid."""
@@ -64,11 +93,43 @@ class SweepResult:
         """The points at the ends of the runs."""
         return [point for point in self.points if point.last]
 
+    @property
+    def missing(self) -> list[MissingCell]:
+        """The cells without a point, by configuration.
+
+        A sweep's cells are what its spec says; where the records hold no grid, every configuration
+        that has a point with every seed that has one.
+        """
+        measured = {p.configuration: (p.arm, p.label) for p in self.points}
+        names, seeds = dict(measured), sorted({p.seed for p in self.points})
+        if "grid" in self.spec:
+            search = self.spec.get("search")
+            spec = SweepSpec(
+                name=self.name,
+                recipe="",
+                settings=self.spec.get("settings", {}),
+                grid=self.spec["grid"],
+                search=SearchSpec(**search) if search else None,
+            )
+            seeds = self.spec["seeds"]
+            for configuration in map(spec.configuration, range(spec.num_configurations)):
+                label = configuration.label
+                if search:  # which values it will have is not chosen yet
+                    label += f" (configuration {configuration.number})"
+                names.setdefault(configuration.number, (configuration.arm, label))
+        there = {(p.configuration, p.seed) for p in self.points}
+        return [
+            MissingCell(*names[number], seed, number in measured)
+            for number in sorted(names)
+            for seed in seeds
+            if (number, seed) not in there
+        ]
+
     def save(self, path: Path) -> None:
         """Writes records as JSON lines: the sweep itself first, then a line a point."""
         head = {k: v for k, v in vars(self).items() if k != "points"}
         rows = [{"sweep": head}, *(vars(point) for point in self.points)]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
         path.write_text(text, encoding="utf-8")
 
     @staticmethod
@@ -76,13 +137,20 @@ class SweepResult:
         """What `save` wrote.
 
         Raises:
-            ValueError: the file is not one of ours.
+            ValueError: the file is not one of ours, or counts a run twice.
         """
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_text(encoding="utf-8")
+        # Not splitlines: a text may hold U+0085 or U+2028 as they are, which end a line for it.
+        lines = [line for line in text.split("\n") if line.strip()]
         head = json.loads(lines[0]).get("sweep") if lines else None
         if head is None:
             raise ValueError(f"{path} holds no sweep's records (its first line names none)")
-        return SweepResult(points=[Point(**json.loads(line)) for line in lines[1:]], **head)
+        if len(set(lines)) < len(lines):
+            raise ValueError(f"{path} holds a line twice; each measurement must stand there once")
+        rows = [json.loads(line) for line in lines[1:]]
+        if any("sweep" in row for row in rows):
+            raise ValueError(f"{path} holds two sweeps; report each from a file of its own")
+        return SweepResult(points=[Point(**row) for row in rows], **head)
 
 
 def check_record(record: Any, reference: bool) -> None:

@@ -17,7 +17,7 @@ import rlkl
 from rlkl.sweep import figures
 from rlkl.sweep.analysis import Comparison
 from rlkl.sweep.export import Analysis, analyse, frontier_json, write_csv
-from rlkl.sweep.findings import findings, percent, plain, signed
+from rlkl.sweep.findings import findings, missing_runs, percent, plain, signed
 from rlkl.sweep.records import SweepResult
 
 FILES = ("index.html", "frontier.png", "frontier.pdf", "points.csv", "frontier.json")
@@ -29,7 +29,8 @@ def write_report(result: SweepResult, folder: Path) -> Analysis:
     """Writes ``FILES`` to a folder; the page needs nothing beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     analysis = analyse(result)
-    (folder / "index.html").write_text(page(analysis), encoding="utf-8")
+    # A sample may hold half of a surrogate pair, which UTF-8 has no bytes for.
+    (folder / "index.html").write_text(page(analysis), encoding="utf-8", errors="replace")
     figure = figures.still_figure(analysis)
     for kind in ("png", "pdf"):
         figure.savefig(folder / f"frontier.{kind}", dpi=200)
@@ -70,6 +71,7 @@ def page(analysis: Analysis) -> str:
         plotly=Markup(get_plotlyjs()),
         plots=plots,
         findings=findings(analysis),
+        missing=missing_runs(result),
         caption=_caption(analysis),
         compared="estimator",
         judged=analysis.judge is not None,
@@ -131,7 +133,10 @@ def _arm_rows(analysis: Analysis) -> list[dict[str, Any]]:
             "cells": [
                 cell
                 for f in fronts
-                for cell in (percent(f.share_on_front[arm]), plain(f.hypervolume[arm]))
+                for cell in (
+                    percent(f.share_on_front[arm]),
+                    plain(f.hypervolume[arm]) if arm in f.hypervolume else "–",
+                )
             ],
         }
         for arm in analysis.result.arms
@@ -140,13 +145,14 @@ def _arm_rows(analysis: Analysis) -> list[dict[str, Any]]:
 
 def _comparison_row(analysis: Analysis, comparison: Comparison) -> list[str]:
     d = comparison.difference
-    volume = analysis.reward.hypervolume_difference[comparison.first, comparison.second]
+    volumes = analysis.reward.hypervolume_difference
+    pair = comparison.first, comparison.second
     return [
         f"{comparison.first} − {comparison.second}",
         signed(comparison.mean),
         f"{comparison.kls[0]:.2f} to {comparison.kls[-1]:.2f}",
         *(signed(e) for e in (d[0], d[len(d) // 2], d[-1])),
-        signed(volume),
+        signed(volumes[pair]) if pair in volumes else "–",
     ]
 
 
@@ -154,8 +160,8 @@ def _configuration_rows(analysis: Analysis) -> list[list[str]]:
     efficiency: dict[str, list[str]] = {}
     for point, found in zip(analysis.result.points, analysis.efficiency, strict=True):
         if found is not None and point.last:
-            at_most = "≤ " if found.upper_bound else ""
-            efficiency.setdefault(point.label, []).append(f"{at_most}{found.share:.0%}")
+            bound = "≤ " if found.upper_bound else "≥ " if found.lower_bound else ""
+            efficiency.setdefault(point.label, []).append(f"{bound}{found.share:.0%}")
     rows = []
     for row in analysis.means:
         measures = [n for n in ("kl", "reward", "judge") if n in row]

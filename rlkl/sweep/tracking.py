@@ -75,7 +75,8 @@ def _numbers(analysis: Analysis) -> dict[str, Any]:
             continue
         for arm in analysis.result.arms:
             numbers[f"{front.measure}/share_on_front/{arm}"] = front.share_on_front[arm].value
-            numbers[f"{front.measure}/hypervolume/{arm}"] = front.hypervolume[arm].value
+            if arm in front.hypervolume:  # every configuration has a run
+                numbers[f"{front.measure}/hypervolume/{arm}"] = front.hypervolume[arm].value
         for comparison in front.comparisons:
             name = f"{front.measure}/at_equal_kl/{comparison.first}-{comparison.second}"
             numbers[name] = comparison.mean.value

@@ -26,7 +26,7 @@ from rlkl.rollout.given import given_responses
 from rlkl.rollout.randomness import generator_of
 from rlkl.rollout.records import scatter_tokens
 from rlkl.trainers.distill_config import DistillConfig
-from rlkl.trainers.distill_data import check_texts, prompts_of
+from rlkl.trainers.distill_data import check_data, prompts_of
 from rlkl.trainers.step import StepClock
 from rlkl.trainers.text_trainer import TextTrainer, named_sets
 from rlkl.trainers.tracking import wandb_run
@@ -73,8 +73,9 @@ class DistillTrainer(TextTrainer):
         callbacks: further transformers callbacks.
 
     Raises:
-        ValueError: columns that the settings do not work with, an empty text, a head smaller than
-            the tokenizer, a row longer than a model's positions, a teacher that is the student.
+        ValueError: columns that the settings do not work with, no rows, an empty text, a head
+            smaller than the tokenizer, a row longer than a model's positions, a teacher that is the
+            student, an adapter and a `peft_config`.
     """
 
     args: DistillConfig
@@ -91,6 +92,8 @@ class DistillTrainer(TextTrainer):
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
+        if peft_config is not None and isinstance(model, PeftModel):
+            raise ValueError("the model has an adapter already: leave peft_config out")
         if peft_config is not None:
             set_seed(args.seed)  # the adapter's start is drawn; the Trainer seeds later
             model = get_peft_model(model, peft_config)  # pyright: ignore[reportArgumentType]
@@ -101,7 +104,7 @@ class DistillTrainer(TextTrainer):
         check_apart(model, teacher_model, "teacher_model", "load it a second time")
         for each in (model, teacher_model):
             check_positions(each, (args.max_prompt_length or 1) + args.response_length - 1)
-        check_texts(
+        check_data(
             train_dataset,
             "train_dataset",
             processing_class,
@@ -347,7 +350,7 @@ class DistillTrainer(TextTrainer):
         return total / int(responses.mask.sum())
 
     def _check_evaluation(self, data: Dataset, which: str) -> None:
-        check_texts(
+        check_data(
             data,
             which,
             self.tokenizer,

@@ -7,11 +7,13 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from rlkl.data import check_texts
 from rlkl.models.language_model import check_positions
+from rlkl.models.tokenizers import padding_id
 from rlkl.rollout.given import given_responses
 from rlkl.rollout.sampling import encode_prompts
 from rlkl.trainers.distill_config import DistillConfig
-from rlkl.trainers.text_trainer import check_padding, check_rows
+from rlkl.trainers.text_trainer import check_rows
 
 _ROWS = 256  # tokenised together
 
@@ -31,7 +33,7 @@ def prompts_of(inputs: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> li
     return [str(tokenizer.bos_token)] * len(inputs["text"])
 
 
-def check_texts(
+def check_data(
     data: Dataset,
     which: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -56,7 +58,7 @@ def check_texts(
         ValueError: says which column, or which row, and what to do.
     """
     check_rows(data, which)
-    check_padding(tokenizer)
+    padding_id(tokenizer)  # or it says what to do
     columns = data.column_names
     if "text" in columns and "prompt" not in columns:
         needed = ["text"]
@@ -67,8 +69,13 @@ def check_texts(
             f"a dataset with the columns 'prompt' and 'completion', or 'text', is needed; "
             f"{which} has {columns}"
         )
+    if len(data) == 0:
+        raise ValueError(f"{which} has no rows: give it at least one")
     for name in needed:
-        _check_column(list(data[name]), f"{which}: {name}")
+        remedy = "leave such rows out"
+        if name == "completion":
+            remedy += ", or sample all responses (on_policy_fraction 1, or teacher_generated)"
+        check_texts(list(data[name]), f"{which}: {name}", remedy)
     for begin in range(0, len(data), _ROWS):
         rows = data.select_columns(needed)[begin : begin + _ROWS]
         try:
@@ -78,21 +85,6 @@ def check_texts(
         except ValueError as error:
             end = begin + len(rows[needed[0]]) - 1
             raise ValueError(f"{which}, rows {begin} to {end}: {error}") from error
-
-
-def _check_column(texts: Sequence[Any], name: str) -> None:
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(
-                f"{name} {i} is no text but {text!r:.60}: leave such rows out; chat messages "
-                "become a text by tokenizer.apply_chat_template(..., tokenize=False)"
-            )
-    empty = [i for i, text in enumerate(texts) if not text.strip()]
-    if empty:
-        remedy = "leave such rows out"
-        if name.endswith("completion"):
-            remedy += ", or sample all responses (on_policy_fraction 1, or teacher_generated)"
-        raise ValueError(f"{name} {empty[0]} is empty ({len(empty)} of {len(texts)} are): {remedy}")
 
 
 def _longest(

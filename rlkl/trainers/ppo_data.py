@@ -9,9 +9,10 @@ from rlkl.data import check_prompts
 from rlkl.kl.chunked import vocabulary_of
 from rlkl.models import output_head
 from rlkl.models.language_model import check_positions
+from rlkl.models.tokenizers import padding_id
 from rlkl.rollout import encode_prompts
 from rlkl.trainers.config import PPOConfig
-from rlkl.trainers.text_trainer import check_padding, check_rows
+from rlkl.trainers.text_trainer import check_rows
 
 _ROWS = 256  # tokenised together
 
@@ -39,11 +40,8 @@ def check_prompt_data(
         ValueError: says which column or row, and what to do.
     """
     check_rows(data, which)
-    check_padding(tokenizer)
-    try:
-        check_prompts(data, at_least)
-    except ValueError as error:
-        raise ValueError(f"{which}: {error}") from error
+    padding_id(tokenizer)  # or it says what to do
+    check_prompts(data, which, at_least)
     assert data is not None  # checked above
     for begin in range(0, len(data), _ROWS):
         prompts = data[begin : begin + _ROWS]["prompt"]

@@ -7,17 +7,21 @@ from transformers import TrainingArguments
 
 
 def bf16_is_fast() -> bool:
-    """Whether this machine multiplies bfloat16 matrices in hardware: an accelerator, or AMX on a
-    CPU.
+    """Whether this machine multiplies bfloat16 in hardware: an accelerator, or a CPU's AMX or
+    AVX-512 (Cooper Lake, Zen 4).
     """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 @dataclass
 class RunArguments(TrainingArguments):
-    """transformers.TrainingArguments with defaults for batches of texts, and the W&B run's name."""
+    """transformers.TrainingArguments with defaults for batches of texts, and the W&B run's name.
+
+    ``report_to`` keeps transformers' default "none": logs are files in ``output_dir``, and nothing
+    is sent anywhere. "wandb" adds a W&B run, offline without a key.
+    """
 
     wandb_project: str = field(default="rlkl", metadata={"help": "W&B project."})
     wandb_group: str | None = field(
@@ -56,6 +60,14 @@ class RunArguments(TrainingArguments):
                 "smaller batches"
             )
         super().__post_init__()
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise ValueError(
+                f"max_steps is {self.max_steps} and num_train_epochs {self.num_train_epochs}: "
+                "nothing would be trained; make one of them positive"
+            )
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
     @property
     def gemm_dtype(self) -> torch.dtype | None:

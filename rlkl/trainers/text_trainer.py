@@ -39,19 +39,6 @@ def check_rows(data: Any, which: str) -> None:
         )
 
 
-def check_padding(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a tokenizer that cannot fill a batch.
-
-    Raises:
-        ValueError: it has no pad token.
-    """
-    if tokenizer.pad_token_id is None:
-        raise ValueError(
-            "processing_class has no pad token: tokenizer.pad_token = tokenizer.eos_token gives it "
-            "one"
-        )
-
-
 def named_sets(data: Dataset | dict[str, Dataset] | None) -> dict[str, Dataset]:
     """The evaluation sets that a trainer was given, by what to call them in a complaint."""
     if isinstance(data, dict):

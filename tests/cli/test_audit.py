@@ -68,12 +68,16 @@ def test_models_of_the_users_own(run, tmp_path):
         (["--vocab", "2000", "--length", "1"], "use a smaller vocab or length"),
         (["--length", "1000000000000"], "use a smaller vocab or length"),
         (["--drift", "nan"], "drift is nan"),
+        (["--drift=-inf"], "drift is -inf"),
+        (["--drift", "1e300"], "use a smaller drift"),
+        (["--drift=-100"], "sampler gives a response the probability 10^-"),
         (["--truncate-at", "nan"], "truncate_at is nan"),
         (["--vocab", "x"], "--vocab"),
         (["--truncate-at", "0.1"], "truncate_at is 0.1"),
         (["--top-k", "0"], "k is 0"),
         (["--eos", "7"], "eos is 7"),
-        (["--models", "none.json"], "none.json"),
+        (["--models", "none.json"], "cannot use 'none.json': No such file or directory; name"),
+        (["--models", "."], "cannot use '.': Is a directory; name another file"),
         (["--html", "no/such/folder.html"], "there is no folder"),
         (["--html", "."], "it is a folder"),
         (["--html", "-"], "give the file"),
@@ -89,6 +93,13 @@ def test_nonsense_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, words,
     assert message in err
     assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_permission_is_refused_before_the_work(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    code, _, err = run(*SMALL, "--html", tmp_path / "page.html")
+    assert code == 2
+    assert "page.html': no permission to" in err
 
 
 def test_help_has_an_example(run):

@@ -170,6 +170,23 @@ def test_a_stopped_run_goes_on_and_refuses_other_settings(folders, monkeypatch, 
     assert {name: metrics["prompts"] for name, metrics in summary.items()} == {held_out.stem: 2}
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # GPT-2's layers are transposed
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("model_name_or_path", "{folder}/teacher"), ("use_peft", True), ("dtype", "bfloat16")],
+)
+def test_a_stopped_run_does_not_go_on_with_another_student(
+    name, value, folders, monkeypatch, capsys
+):
+    assert stopped_run(monkeypatch, folders) == 130
+    value = str(value).format(folder=folders)
+    capsys.readouterr()
+    assert run(monkeypatch, folders, **{name: value}) == 2
+    error = capsys.readouterr().err
+    assert f"unfinished run with {name}=" in error
+    assert f", not {value}: choose another --output_dir" in error
+
+
 def test_a_run_in_the_folder_of_a_finished_one_takes_nothing_of_it(folders, monkeypatch, capsys):
     out = folders / "out"
     assert run(monkeypatch, folders, save_steps=1) == 0

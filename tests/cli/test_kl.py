@@ -145,7 +145,10 @@ def test_completions_are_replayed(monkeypatch, tmp_path, capsys, models):
         (["--max-samples", "-5"], "max_samples=-5: must be at least 1"),
         (["--num-samples", "3", "--samples-per-prompt", "2"], "exclude each other"),
         (["--temperature", "-1"], "temperature=-1.0"),
-        (["--estimator", "k9"], "use one of k1"),
+        (["--estimator", "k9"], "--estimator k9: use one of k1"),
+        (["--samples-per-prompt", "-1"], "--samples-per-prompt -1: must be at least 1"),
+        (["--policy", ""], "--policy is empty"),
+        (["--prompts", ""], "--prompts is empty"),
         (["--estimand", "all"], "use one of population, given_prompts"),
         (["--dtype", "int8"], "use one of float32"),
         (["--device", "tpu"], "use cpu, cuda"),
@@ -156,7 +159,7 @@ def test_completions_are_replayed(monkeypatch, tmp_path, capsys, models):
         (["--html", "/"], "it is a folder"),
         (["--json", "/nowhere/kl.json"], "there is no folder /nowhere"),
         (["--prompt-tokens", "0"], "must be at least 1"),
-        (["--max-new-tokens", "100"], "the models take 64 in all"),
+        (["--max-new-tokens", "100"], "the models take 64 and one"),
     ],
 )
 def test_nonsense_is_one_line_and_exit_code_2(monkeypatch, capsys, models, words, complaint):
@@ -187,7 +190,14 @@ def test_a_prompt_that_is_no_text_is_refused(monkeypatch, capsys, tmp_path, mode
     file = tmp_path / "p.jsonl"
     file.write_text(json.dumps({"prompt": prompt}) + "\n")
     assert run(monkeypatch, *models, "--prompts", str(file)) == 2
-    assert f"is {prompt!r}; it must be a text" in capsys.readouterr().err
+    assert f"prompt 0 is no text but {prompt!r}: leave such rows out" in capsys.readouterr().err
+
+
+def test_a_file_of_prompts_that_is_no_text_is_refused(monkeypatch, capsys, tmp_path, models):
+    file = tmp_path / "p.txt"
+    file.write_bytes(b"\xff\xfe")
+    assert run(monkeypatch, *models, "--prompts", str(file)) == 2
+    assert "is not text in UTF-8" in capsys.readouterr().err
 
 
 def test_max_samples_ends_the_sampling_in_any_case(monkeypatch, capsys, models, prompts):

@@ -1,10 +1,13 @@
 """Instruction data in the formats that people have: each becomes prompt and completion."""
 
+import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from rlkl.data import INSTRUCTION_TEMPLATE, load_pairs
 
@@ -83,6 +86,9 @@ def test_the_context_of_an_instruction_is_its_input(tmp_path):
         ('{"prompt": "a", "completion": [{"role": "user"}]}', "row 0: the answer is no text but"),
         ('{"instruction": "a", "instances": []}', "row 0: instances is empty"),
         ('{"question_id": 1, "turns": []}', "row 0: turns is empty"),
+        ('{"prompt": "a"}\n{"text": "b"}', "row 1: plain text and prompts are mixed"),
+        ('{"prompt": null, "instruction": ""}', "row 0: prompt is missing"),
+        ('["a", "b"]', "cannot be read as json: row 0 is no object but 'a'"),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(content, message, tmp_path):
@@ -95,3 +101,85 @@ def test_rows_that_cannot_be_used_are_named(content, message, tmp_path):
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_pairs(tmp_path / "none.jsonl")
+
+
+def test_answers_of_a_csv_file_are_taken_as_they_are_written(tmp_path):
+    answers = ["02139", "2.50", "1e3", "2020-01-01", "None", "NA", "null", "nan", "true", " x "]
+    file = tmp_path / "a.csv"
+    file.write_text("prompt,completion\n" + "".join(f"Q,{answer}\n" for answer in [*answers, ""]))
+    assert load_pairs(file)["completion"] == [*answers, ""]
+
+
+def test_numbers_dates_and_truths_of_a_json_file_are_taken_as_they_are_written(tmp_path):
+    written = ["2.50", "1e3", "12345678901234567890", "0", "true", '"2020-01-01"', '"NA"', "null"]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(f'{{"prompt": "Q", "completion": {x}}}\n' for x in written))
+    assert load_pairs(file)["completion"] == [*(x.strip('"') for x in written[:-1]), ""]
+
+
+def test_an_input_of_0_is_an_input(tmp_path):
+    (pair,) = load_pairs(write(tmp_path / "a.jsonl", {"instruction": "Negate.", "input": 0}))
+    assert "### Input:\n0\n\n### Response:\n" in pair["prompt"]
+
+
+def test_a_row_may_be_a_prompt_or_an_instruction_and_name_its_answer_as_it_likes(tmp_path):
+    rows = (
+        {"prompt": "Q", "completion": "A"},
+        {"prompt": "Q", "output": "B"},
+        {"prompt": None, "instruction": "Do.", "completion": None, "response": "C"},
+    )
+    data = load_pairs(write(tmp_path / "a.jsonl", *rows))
+    assert data["completion"] == ["A", "B", "C"]
+    assert data["prompt"][2] == INSTRUCTION_TEMPLATE.format(instruction="Do.", input="")
+
+
+def test_references_have_the_question_that_a_number_or_its_text_names(tmp_path):
+    questions = write(tmp_path / "question.jsonl", {"question_id": "81", "turns": ["Why?"]})
+    references = write(tmp_path / "answer.jsonl", {"question_id": 81, "text": "Because."})
+    assert load_pairs(questions, references)["completion"] == ["Because."]
+
+
+@pytest.mark.parametrize("text", ['[{"prompt": "Q"},\n {"prompt": "R"}]', '{"prompt":\n "Q"}'])
+def test_json_may_be_a_list_or_run_over_lines(text, tmp_path):
+    (tmp_path / "a.json").write_text(text)
+    assert load_pairs(tmp_path / "a.json")["prompt"][0] == "Q"
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz", "a.jsonl", "a.jsonl.xz"])
+def test_files_may_begin_with_a_byte_order_mark_and_be_compressed(name, tmp_path):
+    """Excel writes the mark; lines end where the file says, not at every separator of Unicode."""
+    answer = "one\u2028two\x85three"
+    text = f"prompt,completion\r\nQ,{answer}\r\n"
+    if "json" in name:
+        text = json.dumps({"prompt": "Q", "completion": answer}, ensure_ascii=False)
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(Path(name).suffix, open)
+    with opener(tmp_path / name, "wb") as file:
+        file.write(text.encode("utf-8-sig"))
+    assert load_pairs(tmp_path / name).to_list() == [{"prompt": "Q", "completion": answer}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"prompt,completion\nHow?,Well, so\n", "as csv: line 2 has more fields than"),
+        ("a.csv", b'prompt,completion\nHow?,"So\n', "as csv: unexpected end of data"),
+        ("a.csv", b"prompt,completion\n", "has no rows"),
+        ("a.jsonl", b'{"prompt": "\xff"}', "as json: .*can't decode byte 0xff"),
+        ("a.jsonl.xz", b"no archive", "cannot be read as json"),
+    ],
+)
+def test_broken_files_are_named(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_pairs(tmp_path / name)
+
+
+def test_typed_data_sets_keep_their_types_and_an_absent_column_is_null(monkeypatch):
+    """Parquet on the hub has one schema: of a row's several columns some are null."""
+    rows = [
+        {"prompt": "Q", "completion": 2.5, "instruction": None, "output": None},
+        {"prompt": None, "completion": None, "instruction": "Do.", "output": "x"},
+    ]
+    data = Dataset.from_list(rows)
+    monkeypatch.setattr("rlkl.data.pairs.load_dataset", lambda name, split: data)
+    assert load_pairs("some/data")["completion"] == ["2.5", "x"]

@@ -38,6 +38,15 @@ def test_a_line_separator_inside_a_json_text_is_no_end_of_line(tmp_path):
     assert load_prompts(path)["prompt"] == ["one\u2028two"]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("p.csv", "prompt\r\na film\r\n"), ("p.txt", "a film"), ("p.jsonl", '{"prompt": "a film"}')],
+)
+def test_files_may_begin_with_a_byte_order_mark(name, text, tmp_path):
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")  # as Excel and Notepad write
+    assert load_prompts(tmp_path / name)["prompt"] == ["a film"]
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such file of prompts: .*none\.txt"):
         load_prompts(tmp_path / "none.txt")
@@ -48,11 +57,14 @@ def test_a_missing_file_is_named(tmp_path):
     [
         ("p.txt", "\n\n", "holds no prompts"),
         ("p.jsonl", "", "holds no prompts"),
-        ("p.jsonl", '{"prompt": "a"}\n{"prompt": " "}\n', "prompt 2 of 2 is empty"),
-        ("p.csv", 'prompt,x\na,1\n"",2\n', "prompt 2 of 2 is empty"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": " "}\n', "prompt 1 is empty .1 of 2 are.: le"),
+        ("p.csv", 'prompt,x\na,1\n"",2\n', "p.csv: prompt 1 is empty"),
         ("p.jsonl", '{"text": "a"}\n', r"has the columns \['text'\], not 'prompt'"),
         ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "'prompt'"),
-        ("p.jsonl", '{"prompt": null}\n', "prompt 1 of 1 is empty"),
+        ("p.jsonl", '{"prompt": null}\n', "p.jsonl: prompt 0 is no text but None: leave"),
+        ("p.csv", "x,y\n1,2,3\n", r"has the columns \['None', 'x', 'y'\], not 'prompt'"),
+        ("p.jsonl", '{"prompt": 0}\n', "prompt 0 is no text but 0"),
+        ("p.jsonl", '{"prompt": [{"role": "user"}]}\n', "become a text by .*apply_chat_template"),
         ("p.jsonl", "not json\n", r"p.jsonl, line 1 is no JSON object: 'not json'"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2 is not JSON"),
     ],
@@ -96,3 +108,9 @@ def test_a_data_set_in_a_folder_is_read_by_split(tmp_path):
     assert len(load_prompts(f"{tmp_path / 'splits'}:test", "text")) == 2
     with pytest.raises(ValueError, match="has the splits test, not 'train'"):
         load_prompts(tmp_path / "splits", "text")
+
+
+def test_prompts_of_a_data_set_are_texts(tmp_path):
+    Dataset.from_dict({"prompt": ["a film", None]}).save_to_disk(tmp_path / "one")
+    with pytest.raises(ValueError, match="one: prompt 1 is no text but None: leave such rows out"):
+        load_prompts(tmp_path / "one")

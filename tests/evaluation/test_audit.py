@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlkl.evaluation.audit import HT_DRAWS, audit, models_from_json, random_models
-from rlkl.evaluation.audit_page import audit_page, formatted, verdict
+from rlkl.evaluation.audit_page import audit_page, formatted, percent, verdict
 from rlkl.kl import (
     ResponseStatistics,
     TabularLM,
@@ -214,6 +214,28 @@ def test_a_wrong_model_file_is_refused_by_what_is_wrong(record, message):
 def test_models_that_cannot_be_listed_are_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         random_models(*sizes)
+
+
+@pytest.mark.parametrize("name", ["policy", "ref", "sampler"])
+def test_models_whose_weights_leave_float64_are_refused(name):
+    """Where a probability is rounded to 0 the other sums are not those of the models given."""
+    models = {"policy": [[0.0, 1.0]], "ref": [[0.0, 0.0]], "sampler": [[0.0, 0.0]]}
+    models = models_from_json(GOOD | models | {name: [[0.0, -346.0]]})
+    with pytest.raises(ValueError, match=rf"{name} gives a response the probability 10\^-150.3"):
+        audit(models)
+
+
+@pytest.mark.parametrize("drift", [-20.0, 50.0])
+def test_a_sampler_far_from_the_policy_is_measured_truly(drift):
+    record = audit(random_models(4, 3, drift=drift))
+    for r in record["rows"]:
+        assert all(math.isfinite(x) for x in r.values() if isinstance(x, float))
+        if r["placement"] == "both, prefix":
+            assert r["value_bias"] == pytest.approx(0, abs=1e-12)
+            assert r["grad_rel_err"] < 1e-12
+    assert 0 < record["ess_fraction"] < 1e-30
+    assert percent(record["ess_fraction"]) != "0%"
+    assert percent(record["ess_fraction"]) in audit_page(record)
 
 
 def test_the_page_is_whole_and_has_every_configuration(record):

@@ -171,7 +171,7 @@ def test_text_is_tokenized_and_a_finished_one_ends_in_the_end_of_text(pair, colo
         ("nonsense", "line 1: not JSON"),
         ("[1]", "line 1: no JSON object"),
         ('{"prompt": "red"}', "line 1: has prompt, but neither completion nor completion_ids"),
-        ('{"prompt": 1, "completion": "red"}', "prompt is 1; it must be a text"),
+        ('{"prompt": 1, "completion": "red"}', "prompt is no text but 1"),
         ('{"prompt": "", "completion": "red"}', "prompt 0 is empty"),
         ('{"prompt": "red", "completion": ""}', "completion is empty"),
         ('{"prompt": "red", "completion_ids": [4]}', "token ids from 0 to 3"),

@@ -13,6 +13,7 @@ from rlkl.evaluation import estimate_kl
 from rlkl.evaluation.kl_estimate import (
     Estimand,
     KLEstimation,
+    ReplayedResponses,
     SampledResponses,
     Settings,
 )
@@ -300,9 +301,10 @@ def test_contexts_are_the_prefixes_with_the_largest_kl(policy, ref, colours, enu
         ({"temperature": math.nan}, "temperature=nan"),
         ({"target_stderr": -1.0}, "target_stderr=-1.0"),
         ({"headline": "k9"}, "headline='k9': use one of k1"),
-        ({"max_new_tokens": 100}, "the models take 64 in all"),
+        ({"max_new_tokens": 100}, "the models take 64 and one"),
         ({"prompts": []}, "no prompts"),
         ({"prompts": ["red", ""]}, "prompt 1 is empty"),
+        ({"prompts": ["red", None]}, "prompt 1 is no text but None"),
         ({"estimand": "everything"}, "everything"),
     ],
 )
@@ -310,6 +312,28 @@ def test_what_cannot_be_sampled_is_refused(policy, ref, colours, settings, compl
     given = {"prompts": PROMPTS, "max_new_tokens": T} | settings
     with pytest.raises(ValueError, match=complaint):
         estimate_kl(policy, ref, colours, **given)
+
+
+@pytest.mark.parametrize(("new_tokens", "fits"), [(63, True), (64, False)])
+def test_the_last_token_needs_no_position(policy, ref, colours, new_tokens, fits):
+    """64 positions, and a prompt of two tokens: the end of text that opens it, and its own."""
+    settings = {"num_samples": 2, "max_new_tokens": new_tokens}
+    if fits:
+        assert estimate_kl(policy, ref, colours, ["red"], **settings).n == 2
+        return
+    with pytest.raises(ValueError, match="makes 66 tokens, but the models take 64 and one to end"):
+        estimate_kl(policy, ref, colours, ["red"], **settings)
+
+
+def test_a_tokenizer_without_pad_token_is_refused_with_the_remedy(policy, ref, colours, tmp_path):
+    colours.pad_token = None
+    complaint = r"^the tokenizer has no pad token: tokenizer.pad_token = "
+    with pytest.raises(ValueError, match=complaint):
+        estimate_kl(policy, ref, colours, ["red"], num_samples=2)
+    file = tmp_path / "c.jsonl"
+    file.write_text('{"prompt_ids": [1], "completion_ids": [2]}')
+    with pytest.raises(ValueError, match=complaint):
+        ReplayedResponses(ModelPair.of(policy, ref, colours), file, batch_size=1)
 
 
 def test_a_policy_without_reference_needs_an_adapter(policy, colours):

@@ -1,5 +1,7 @@
 """Off-policy estimates against enumeration: value, gradient, and what truncation does to them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -64,6 +66,50 @@ def test_prefix_weights_give_the_value_and_the_gradient_of_the_sequence_kl(name,
     value, gradient = prefix_moments(name, *three)
     assert relative_error(value.mean, exact_kl(policy, ref)) < EXACT
     assert relative_error(gradient.mean, exact_gradient(policy, ref)) < EXACT
+
+
+def without_token(lm: TabularLM) -> TabularLM:
+    """The model that never says 2, so that many of its responses are impossible."""
+    return lm.with_logits(lm.logits.index_fill(1, torch.tensor(2), -torch.inf))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("name", ["k1", "k3", "rb"])
+def test_what_the_policy_cannot_say_counts_nothing(name, shared, three):
+    """Weights there are 0 and log-ratios infinite; or neither is a number, if no model says it."""
+    policy, ref, sampler = without_token(three[0]), *three[1:]
+    if shared:
+        ref, sampler = without_token(ref), without_token(sampler)
+    value, gradient = prefix_moments(name, policy, ref, sampler)
+    assert bool(gradient.mean.isfinite().all())
+    if name == "k3" and not shared:
+        return  # it misses the reference's mass there, on its own policy's responses too
+    assert relative_error(value.mean, exact_kl(policy, ref)) < EXACT
+    assert relative_error(gradient.mean, exact_gradient(policy, ref)) < EXACT
+
+
+def test_topk_counts_no_tail_where_the_policy_cannot_have_sampled(three):
+    policy, ref, sampler = without_token(three[0]), *three[1:]
+    topk = replace(get_estimator("topk"), k=1)
+    logp = policy.policy_logp().requires_grad_()
+    k = topk(logp, ref.policy_logp(), policy.tokens, policy.mask)
+    sampled = token_logp(sampler.policy_logp(), policy.tokens)
+    per_response = prefix_weighted_surrogate(
+        k, token_logp(logp, policy.tokens), sampled, policy.mask, own_token=True
+    )
+    mean = response_moments(sampler, per_response).mean
+    assert relative_error(mean, exact_kl(policy, ref)) < EXACT
+    (gradient,) = torch.autograd.grad(per_response.sum(), logp)
+    assert bool(gradient.isfinite().all())
+
+
+def test_terms_of_weight_0_are_0_whatever_k_is_there():
+    logp = torch.tensor([[-torch.inf, -1.0, -1.0]])
+    k = torch.tensor([[torch.nan, torch.inf, 1.0]])
+    arguments = k, logp, torch.full((1, 3), -1.0), torch.ones(1, 3, dtype=torch.bool)
+    assert prefix_weighted_surrogate(*arguments, own_token=True).tolist() == [0]
+    assert prefix_channels(*arguments, own_token=True).future.tolist() == [[0, 0, 0]]
+    assert token_ratio_surrogate(*arguments).tolist() == [torch.inf]  # of the second token
 
 
 @pytest.mark.parametrize("name", ["k1", "k3", "rb"])

@@ -102,6 +102,18 @@ def test_unbiased_claim_for_every_number_of_responses(name, groups, tiny):
 
 
 @every_controlled
+def test_unbiased_for_responses_that_the_policy_cannot_give(name, tiny):
+    """Their weight is 0 and their log-ratio infinite; of w - 1 the reference's share is left."""
+    policy, ref, sampler = tiny
+    logits = policy.logits.clone()
+    logits[1, 0] = -torch.inf
+    policy = policy.with_logits(logits)
+    statistics = every_response(policy, ref, sampler)
+    mean = expected(name, statistics, sampler, FOLDS["triples"])
+    assert abs(mean / exact_kl(policy, ref) - 1) < EXACT
+
+
+@every_controlled
 def test_unbiased_for_responses_of_another_policy(name, tiny):
     policy, ref, sampler = tiny
     statistics = every_response(policy, ref, sampler)

@@ -1,5 +1,7 @@
 """The enumeration itself, against probability theory, finite differences and sampling."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -108,13 +110,23 @@ def test_impossible_responses_have_no_say():
     ref = TabularLM(logits[1].index_fill(1, torch.tensor(2), -torch.inf), 1)
     torch.testing.assert_close(exact_kl(policy, ref), exact_kl(*small))
     torch.testing.assert_close(exact_gradient(policy, ref)[:, :2], exact_gradient(*small))
-    for placement in ("reward", "loss", "both"):
+    for name, placement in product(("rb", "k1", "k3", "topk"), ("reward", "loss", "both")):
         large, expected = (
-            gradient_moments(*models, get_estimator("rb"), placement)
+            gradient_moments(*models, get_estimator(name), placement)
             for models in ((policy, ref), small)
         )
         torch.testing.assert_close(large.mean[:, :2], expected.mean)
         torch.testing.assert_close(large.variance, expected.variance)
+
+
+@pytest.mark.parametrize("name", ["rb", "k1", "k3"])
+def test_an_infinite_kl_behind_a_token_that_is_never_said_has_no_say(name):
+    """After token 1, which the policy never says, it would say what the reference never does."""
+    policy, ref = TabularLM.random(3, 2, eos=None, seed=0), TabularLM.random(3, 2, eos=None, seed=1)
+    after = policy.prefixes.index((1,))
+    policy.logits[0, 1] = ref.logits[0, 1] = ref.logits[after, 2] = -torch.inf
+    gradient = gradient_moments(policy, ref, get_estimator(name), "both").mean
+    torch.testing.assert_close(gradient, exact_gradient(policy, ref))
 
 
 def test_models_of_different_responses_are_refused():

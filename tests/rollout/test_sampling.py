@@ -218,7 +218,14 @@ def test_a_long_prompt_loses_its_beginning(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("prompts", "complaint"), [([], "no prompts"), (["the film", ""], "prompt 1 is empty")]
+    ("prompts", "complaint"),
+    [
+        ([], "no prompts"),
+        (["the film", ""], "prompt 1 is empty"),
+        (["the film", None], "prompt 1 is no text but None"),
+        ([[{"role": "user", "content": "hi"}]], "prompt 0 is no text but .*apply_chat_template"),
+        ([["the", "film"]], "prompt 0 is no text but"),
+    ],
 )
 def test_nothing_to_go_on_is_refused(tokenizer, prompts, complaint):
     with pytest.raises(ValueError, match=complaint):

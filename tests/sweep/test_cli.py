@@ -73,10 +73,12 @@ def test_a_dry_run_of_a_search_says_what_is_searched(write_spec, tmp_path, monke
         (["status"], "which sweep?"),
         (["status", "none.yaml"], "no such sweep"),
         (["status", "--out", "nowhere"], "holds no sweep"),
-        (["frontier", "--storage", "sqlite:///empty.db"], "holds the sweeps []"),
+        (["frontier", "--storage", "sqlite:///empty.db"], "sqlite:///empty.db holds no sweep"),
+        (["status", "--storage", "sqlite:///text.db"], "cannot open sqlite:///text.db: file is no"),
         (["report", "--storage", "nonsense"], "nonsense"),
         (["work", "--storage", "sqlite:///empty.db", "--name", "x"], "holds no sweep 'x'"),
         (["retry"], "which sweep?"),
+        (["report", "--records", "none.jsonl"], "cannot use 'none.jsonl': No such file"),
         (["report", "--records", str(RECORDS), "--out", "bad.yaml/report"], "bad.yaml"),
         (["wander"], "wander"),
     ],
@@ -86,6 +88,7 @@ def test_nonsense_is_one_line_and_exit_code_2(
 ):
     monkeypatch.chdir(tmp_path)
     write_spec(grid={"kl_coeff": [0.1]}).rename(tmp_path / "bad.yaml")
+    Path("text.db").write_text("no database " * 200)
     assert run(monkeypatch, *words) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

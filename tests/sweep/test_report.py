@@ -42,6 +42,46 @@ def test_a_report_has_all_its_files_and_its_records_make_the_same_report(make_re
     assert (report / "frontier.pdf").read_bytes().startswith(b"%PDF")
 
 
+def test_records_with_any_text_are_saved_and_read_again(make_result, tmp_path):
+    """Line breaks that JSON leaves as they are, and half of a surrogate pair, which UTF-8 lacks."""
+    result = make_result(configurations=2)
+    text = "next\x85line \u2028 and \u2029, \r\n, caf\u00e9, half \ud83d"
+    odd = replace(result, samples={"000-seed0": [{"prompt": "a", "response": text, "reward": 1.0}]})
+    write_report(odd, tmp_path)
+    assert SweepResult.load(tmp_path / "records.jsonl") == odd
+    assert "caf\u00e9, half ?" in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
+def test_records_written_without_escapes_are_read(make_result, tmp_path):
+    result = make_result(configurations=2)
+    odd = replace(result, samples={"000-seed0": [{"response": "next\x85line \u2028"}]})
+    file = tmp_path / "records.jsonl"
+    odd.save(file)
+    rows = [json.loads(line) for line in file.read_text().split("\n") if line]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    assert SweepResult.load(file) == odd
+
+
+def test_records_that_count_a_run_twice_are_refused(make_result, tmp_path):
+    result = make_result(configurations=2, checkpoints=2)
+    file, joined = tmp_path / "records.jsonl", tmp_path / "joined.jsonl"
+    result.save(file)
+    head, *lines = file.read_text().splitlines()
+    for rows, said in (
+        ([head, *lines, head, *lines], "a line twice"),
+        ([head, *lines, *lines], "a line twice"),
+        ([head, *lines, lines[0]], "a line twice"),
+        ([head, *lines, head.replace("made", "other")], "two sweeps"),
+        ([head, *lines, lines[1].replace('"kl"', ' "kl"')], "000-seed0 has 2 points that end it"),
+        ([head, *lines[:1], *lines[2:]], "000-seed0 has 0 points that end it"),
+        ([head, *lines, *(line.replace("001-seed2", "x") for line in lines[-2:])], "one run"),
+    ):
+        joined.write_text("\n".join(rows))
+        with pytest.raises(ValueError, match=said):
+            SweepResult.load(joined)
+
+
 def test_the_page_needs_nothing_from_elsewhere_and_escapes_the_texts(report):
     whole, bundle = (report / "index.html").read_text(), get_plotlyjs()
     assert whole.count(bundle) == 1, "plotly's code stands there once"
@@ -94,6 +134,22 @@ def test_it_says_what_was_tested_and_up_to_where_the_optimum_is_known(make_resul
     assert f"Of the {beyond} runs beyond only upper bounds are known" in said
 
 
+def test_runs_below_the_reference_are_counted_and_give_no_upper_bound(make_result, tmp_path):
+    result = make_result()
+    points = [replace(p, reward=-1.0 if p.kl > 3.4 else p.reward) for p in result.points]
+    below = sum(p.kl > 3.4 for p in points)
+    analysis = write_report(replace(result, points=points), tmp_path)
+    said = " ".join(line["text"] for line in findings(analysis))
+    assert "upper bounds" not in said
+    assert f"{below} runs beyond have less reward than the reference" in said
+    with (tmp_path / "points.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert sum(row["efficiency_is_lower_bound"] == "True" for row in rows) == below
+    page = (tmp_path / "index.html").read_text()
+    assert "at least -" in page
+    assert "≥ -" in page
+
+
 def test_arms_without_a_common_kl_are_said_not_to_be_compared(make_result):
     result = make_result()
     points = [replace(p, kl=p.kl + 100 * (p.arm == "rb")) for p in result.points]
@@ -110,6 +166,64 @@ def test_it_says_when_seeds_are_too_few_and_cells_failed(make_result):
     said = " ".join(line["text"] for line in findings(analyse(result)))
     assert "no interval over seeds" in said
     assert "1 cells failed" in said
+
+
+GRID = {
+    "seeds": [0, 1, 2],
+    "settings": {},
+    "grid": {"kl_coef": [1.0, 0.5, 0.333, 0.25], "kl_estimator": ["k1", "rb"]},
+    "search": None,
+}
+
+
+def test_missing_seeds_are_named_everywhere(make_result, tmp_path):
+    result = make_result()
+    gone = {"000-seed1", "003-seed1", "003-seed2"}
+    points = [p for p in result.points if p.run_id not in gone]
+    part = replace(result, points=points, spec=result.spec | GRID)
+    analysis = write_report(part, tmp_path)
+    first = findings(analysis)[0]
+    assert first["warn"]
+    assert (
+        "3 of 24 cells are missing (k1 kl_coef=1: seed 1; rb kl_coef=0.5: seeds 1, 2)."
+        in (first["text"])
+    )
+    assert "No hypervolume" not in first["text"]
+    assert "<li>rb kl_coef=0.5: seeds 1, 2</li>" in (tmp_path / "index.html").read_text()
+    stored = json.loads((tmp_path / "frontier.json").read_text())
+    assert stored["missing"][0] == {"label": "k1 kl_coef=1", "seed": 1}
+    assert len(stored["missing"]) == 3
+    assert replace(result, spec=result.spec | GRID).missing == []
+    assert replace(part, spec={}).missing == part.missing, "what other runs have is asked of each"
+
+
+def test_an_arm_without_a_run_of_each_configuration_has_no_hypervolume(make_result, tmp_path):
+    """As a sweep is looked at before its first seed is through: rb's last two have not begun."""
+    result = make_result(seeds=1)
+    points = [p for p in result.points if p.configuration not in (5, 7)]
+    part = replace(result, points=points, spec=result.spec | GRID)
+    analysis = write_report(part, tmp_path)
+    assert set(analysis.reward.hypervolume) == {"k1"}
+    assert analysis.reward.hypervolume_difference == {}
+    said = findings(analysis)[0]["text"]
+    assert "18 of 24 cells are missing" in said
+    assert "rb kl_coef=0.25: seeds 0, 1, 2" in said
+    assert "No hypervolume of rb" in said
+    stored = json.loads((tmp_path / "frontier.json").read_text())
+    assert set(stored["hypervolume"]) == {"k1"}
+
+
+def test_configurations_that_a_search_has_yet_to_choose_are_missing(make_result):
+    result = make_result(configurations=4, seeds=1)
+    spec = {
+        "seeds": [0],
+        "settings": {},
+        "grid": {"kl_estimator": ["k1", "rb"]},
+        "search": {"fields": {"kl_coef": {"low": 0.1, "high": 1.0}}, "configurations": 6},
+    }
+    missing = replace(result, spec=spec).missing
+    assert [c.label for c in missing] == ["k1 (configuration 4)", "rb (configuration 5)"]
+    assert not any(c.measured for c in missing)
 
 
 def test_the_json_has_the_documented_keys(make_result):

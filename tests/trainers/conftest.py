@@ -1,4 +1,4 @@
-"""A trainer of the tiny model on the lexicon reward, and rollouts that hold every response."""
+"""Trainers of the tiny model: PPO on the lexicon reward, and distillation of pairs."""
 
 import gc
 from collections.abc import Callable
@@ -12,9 +12,11 @@ from peft import LoraConfig
 
 from reward_models import LexiconReward
 from rlkl.rollout import Rollout
-from rlkl.trainers import PPOConfig, PPOTrainer
+from rlkl.trainers import DistillConfig, DistillTrainer, PPOConfig, PPOTrainer
+from rlkl.trainers.text_trainer import TextTrainer
 
-PROMPTS = ["the film is", "a plot", "I found this film and", "it", "so the end was", "acting"] * 2
+PROMPTS = ["the film is", "a plot", "I found this film and", "it", "so the end was", "acting"]
+COMPLETIONS = ["very good", "so dull it was not good", "saw it", "was superb", "bad", "and plot of"]
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -26,7 +28,13 @@ def _quick_collections() -> None:
 
 @pytest.fixture
 def prompts() -> Dataset:
-    return Dataset.from_dict({"prompt": PROMPTS})
+    return Dataset.from_dict({"prompt": PROMPTS * 2})
+
+
+@pytest.fixture
+def pairs() -> Dataset:
+    """Six pairs, twice."""
+    return Dataset.from_dict({"prompt": PROMPTS * 2, "completion": COMPLETIONS * 2})
 
 
 @pytest.fixture
@@ -85,9 +93,29 @@ def make_trainer(make_config, make_lm, tokenizer, prompts) -> Callable[..., PPOT
 
 
 @pytest.fixture
-def steps() -> Callable[[PPOTrainer], list[dict[str, float]]]:
-    """The log of each step of a trainer that has trained."""
-    return lambda trainer: [log for log in trainer.state.log_history if "kl/rb" in log]
+def make_distiller(quick_run, make_lm, tokenizer, pairs) -> Callable[..., DistillTrainer]:
+    """Builds a trainer; keywords are those of DistillTrainer first, of DistillConfig otherwise."""
+    arguments = ("model", "teacher_model", "train_dataset", "eval_dataset", "peft_config")
+
+    def make(**changes: Any) -> DistillTrainer:
+        own: dict[str, Any] = {
+            "model": make_lm(seed=1),
+            "teacher_model": make_lm(seed=0),
+            "train_dataset": pairs,
+        }
+        own |= {name: changes.pop(name) for name in arguments if name in changes}
+        settings = {"logging_steps": 1, "per_device_train_batch_size": 6}
+        config = DistillConfig(**(quick_run | settings | changes))
+        return DistillTrainer(args=config, processing_class=tokenizer, **own)
+
+    return make
+
+
+@pytest.fixture
+def steps() -> Callable[[TextTrainer], list[dict[str, float]]]:
+    """The log of each step of a trainer that has trained: what PPO or distillation measured."""
+    measured = {"kl/rb", "divergence/fkl"}
+    return lambda trainer: [log for log in trainer.state.log_history if measured & log.keys()]
 
 
 @pytest.fixture

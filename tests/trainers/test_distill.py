@@ -2,58 +2,17 @@
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from rlkl.kl import DIVERGENCES, future_kl, kl_surrogate, reverse_kl
 from rlkl.rl import leave_one_out_mean
-from rlkl.rollout import given_responses, sample_responses
 from rlkl.trainers import DISTILL_VOCABULARY, DistillConfig, DistillTrainer
-
-PROMPTS = ["the film is", "a plot", "I found this film and", "it", "so the end was", "acting"]
-COMPLETIONS = ["very good", "so dull it was not good", "saw it", "was superb", "bad", "and plot of"]
-
-
-@pytest.fixture
-def pairs() -> Dataset:
-    return Dataset.from_dict({"prompt": PROMPTS * 2, "completion": COMPLETIONS * 2})
-
-
-@pytest.fixture
-def texts() -> Dataset:
-    return Dataset.from_dict(
-        {"text": [f"{p} {c}" for p, c in zip(PROMPTS, COMPLETIONS, strict=True)] * 2}
-    )
-
-
-@pytest.fixture
-def make_trainer(quick_run, make_lm, tokenizer, pairs) -> Callable[..., DistillTrainer]:
-    """Builds a trainer; keywords are those of DistillTrainer first, of DistillConfig otherwise."""
-    arguments = ("model", "teacher_model", "train_dataset", "eval_dataset", "peft_config")
-
-    def make(**changes: Any) -> DistillTrainer:
-        own: dict[str, Any] = {
-            "model": make_lm(seed=1),
-            "teacher_model": make_lm(seed=0),
-            "train_dataset": pairs,
-        }
-        own |= {name: changes.pop(name) for name in arguments if name in changes}
-        settings = {"logging_steps": 1, "per_device_train_batch_size": 6}
-        config = DistillConfig(**(quick_run | settings | changes))
-        return DistillTrainer(args=config, processing_class=tokenizer, **own)
-
-    return make
-
-
-def steps(trainer: DistillTrainer) -> list[dict[str, float]]:
-    return [log for log in trainer.state.log_history if "divergence/fkl" in log]
 
 
 def whole_logits(model: torch.nn.Module, responses) -> Tensor:
@@ -68,9 +27,9 @@ def whole_logits(model: torch.nn.Module, responses) -> Tensor:
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_the_gradient_is_that_of_the_mixed_loss_on_the_completions(
-    name, make_trainer, pairs, flat_gradient
+    name, make_distiller, pairs, flat_gradient
 ):
-    trainer = make_trainer(loss=name, ce_weight=0.25, temperature=2.0)
+    trainer = make_distiller(loss=name, ce_weight=0.25, temperature=2.0)
     inputs = {column: pairs[column][:6] for column in pairs.column_names}
     loss = trainer.compute_loss(trainer.model, inputs)
     loss.backward()
@@ -109,13 +68,15 @@ def test_settings_of_the_divergence_reach_the_loss(tmp_path):
 
 
 def test_the_sequence_gradient_is_that_of_the_sequence_kl_less_a_baseline(
-    make_trainer, flat_gradient
+    make_distiller, pairs, flat_gradient
 ):
     settings = {"loss": "rkl", "on_policy_fraction": 1.0, "response_length": 5}
     gradients = {}
     for kind in ("token", "sequence"):
-        trainer = make_trainer(on_policy_gradient=kind, **settings)
-        responses, on_policy = trainer.responses({"prompt": PROMPTS}, trainer._generator())
+        trainer = make_distiller(on_policy_gradient=kind, **settings)
+        responses, on_policy = trainer.responses(
+            {"prompt": pairs["prompt"][:6]}, trainer._generator()
+        )
         assert on_policy
         trainer.model.zero_grad()
         loss, _ = trainer.loss(responses, *trainer.hidden_states(responses), on_policy)
@@ -141,9 +102,9 @@ def test_the_sequence_gradient_is_that_of_the_sequence_kl_less_a_baseline(
 
 
 @pytest.mark.parametrize("loss", ["rkl", "akl"])
-def test_training_brings_the_student_to_its_teacher(loss, make_trainer, pairs):
+def test_training_brings_the_student_to_its_teacher(loss, make_distiller, pairs):
     settings = {"max_steps": 25, "learning_rate": 1e-2, "logging_steps": 25}
-    trainer = make_trainer(loss=loss, eval_dataset=pairs, **settings)
+    trainer = make_distiller(loss=loss, eval_dataset=pairs, **settings)
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
@@ -151,8 +112,8 @@ def test_training_brings_the_student_to_its_teacher(loss, make_trainer, pairs):
     assert after["eval_divergence/rkl"] < 0.4 * before["eval_divergence/rkl"]
 
 
-def test_a_student_that_is_its_teacher_has_nothing_to_learn(make_trainer, make_lm):
-    trainer = make_trainer(model=make_lm(seed=0), loss="akl", max_steps=1)
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(make_distiller, make_lm, steps):
+    trainer = make_distiller(model=make_lm(seed=0), loss="akl", max_steps=1)
     trainer.train()
     (log,) = steps(trainer)
     assert all(log[f"divergence/{name}"] == 0 for name in DIVERGENCES)
@@ -160,9 +121,11 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(make_trainer, make_l
     assert log["akl/forward_weight"] == 0.5
 
 
-def test_every_divergence_is_logged_whatever_is_trained_and_agrees_with_the_loss(make_trainer):
+def test_every_divergence_is_logged_whatever_is_trained_and_agrees_with_the_loss(
+    make_distiller, steps
+):
     for name in ("fkl", "akl_r"):
-        trainer = make_trainer(loss=name)
+        trainer = make_distiller(loss=name)
         trainer.train()
         log = steps(trainer)[0]
         assert {f"divergence/{n}" for n in DIVERGENCES} < set(log)
@@ -172,8 +135,8 @@ def test_every_divergence_is_logged_whatever_is_trained_and_agrees_with_the_loss
         assert total == pytest.approx(log["divergence/fkl"] + log["divergence/rkl"], rel=1e-5)
 
 
-def test_every_logged_metric_is_in_the_vocabulary_and_in_the_file(make_trainer, tmp_path):
-    trainer = make_trainer(loss="js", ce_weight=0.1)
+def test_every_logged_metric_is_in_the_vocabulary_and_in_the_file(make_distiller, tmp_path, steps):
+    trainer = make_distiller(loss="js", ce_weight=0.1)
     trainer.train()
     for log in steps(trainer):
         means = {key.removesuffix("_se") for key in log} - {"step"}
@@ -182,8 +145,8 @@ def test_every_logged_metric_is_in_the_vocabulary_and_in_the_file(make_trainer, 
     assert [json.loads(line)["step"] for line in lines if "divergence/akl" in line] == [1, 2]
 
 
-def test_the_expensive_measurement_is_taken_on_logged_steps_only(make_trainer, monkeypatch):
-    trainer = make_trainer(max_steps=5, logging_steps=2)
+def test_the_expensive_measurement_is_taken_on_logged_steps_only(make_distiller, monkeypatch):
+    trainer = make_distiller(max_steps=5, logging_steps=2)
     measured = []
     original = trainer.measure
     monkeypatch.setattr(
@@ -204,7 +167,9 @@ def test_the_expensive_measurement_is_taken_on_logged_steps_only(make_trainer, m
         ({"logging_strategy": "no"}, {5}),
     ],
 )
-def test_every_logged_step_is_measured_and_no_other(settings, measured, make_trainer, monkeypatch):
+def test_every_logged_step_is_measured_and_no_other(
+    settings, measured, make_distiller, monkeypatch, steps
+):
     found, measure = set(), DistillTrainer.measure
 
     def noted(self, *arguments):
@@ -212,78 +177,15 @@ def test_every_logged_step_is_measured_and_no_other(settings, measured, make_tra
         return measure(self, *arguments)
 
     monkeypatch.setattr(DistillTrainer, "measure", noted)
-    trainer = make_trainer(max_steps=5, **settings)
+    trainer = make_distiller(max_steps=5, **settings)
     trainer.train()
     assert found == measured
     logged = {log["step"] for log in trainer.state.log_history if "loss" in log}
     assert {log["step"] for log in steps(trainer)} == logged | {5}
 
 
-def test_plain_text_is_response_from_its_first_token_on(make_trainer, texts, tokenizer):
-    trainer = make_trainer(train_dataset=texts, response_length=20)
-    trainer.train()
-    responses = given_responses(tokenizer, None, texts["text"][:1], 20)
-    assert responses.prompt_ids.tolist() == [[tokenizer.bos_token_id]]
-    assert responses.tokens[0, -1] == tokenizer.eos_token_id
-    words = tokenizer(texts["text"][0], add_special_tokens=False)["input_ids"]
-    assert responses.tokens[0, :-1].tolist() == words
-    assert steps(trainer)[0]["response/length"] > 5
-
-
-def test_only_completions_count_and_padding_does_not(make_trainer, pairs):
-    trainer = make_trainer(response_length=20)
-    one = trainer.given({"prompt": PROMPTS[:1], "completion": COMPLETIONS[:1]})
-    many = trainer.given({"prompt": PROMPTS, "completion": COMPLETIONS})
-    assert one.mask.sum() == 3  # two words and the end of text
-    assert many.mask[0].sum() == 3
-    values = []
-    for responses in (one, many.rows(torch.tensor([0, 2]))):
-        hidden = trainer.hidden_states(responses)
-        values.append(hidden[0][:3])
-    torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)
-
-
-def test_cut_completions_do_not_end_and_whole_ones_do(tokenizer):
-    responses = given_responses(tokenizer, PROMPTS[:2], COMPLETIONS[:2], 3)
-    assert responses.ended.tolist() == [True, False]
-    assert responses.mask.sum(1).tolist() == [3, 3]
-
-
-@pytest.mark.parametrize(
-    ("settings", "who"),
-    [
-        ({"on_policy_fraction": 1.0}, "student"),
-        ({"teacher_generated": True}, "teacher"),
-        ({}, "given"),
-    ],
-)
-def test_responses_come_from_whom_the_settings_say(settings, who, make_trainer, monkeypatch):
-    trainer = make_trainer(**settings)
-    sampled = []
-
-    def spy(model, *args, **kwargs):
-        sampled.append("student" if model is trainer.model else "teacher")
-        return sample_responses(model, *args, **kwargs)
-
-    monkeypatch.setattr("rlkl.trainers.distill.sample_responses", spy)
-    trainer.train()
-    assert sampled == ([] if who == "given" else [who] * 2)
-    assert steps(trainer)[0]["data/on_policy"] == (who == "student")
-
-
-def test_the_mixture_takes_the_students_samples_at_the_rate_asked_for(make_trainer):
-    trainer = make_trainer(on_policy_fraction=0.5)
-    drawn = []
-    for step in range(400):
-        trainer.state.global_step = step
-        coin = torch.rand((), generator=trainer._generator())
-        drawn.append(float(coin) < 0.5)
-    # Binomial(400, ½): four standard errors are 0.1.
-    assert abs(sum(drawn) / 400 - 0.5) < 0.1
-
-
-def test_cross_entropy_does_not_act_on_the_students_own_samples(make_trainer):
-    trainer = make_trainer(on_policy_fraction=1.0, ce_weight=0.9)
+def test_cross_entropy_does_not_act_on_the_students_own_samples(make_distiller, steps):
+    trainer = make_distiller(on_policy_fraction=1.0, ce_weight=0.9)
     trainer.train()
     assert all(log["loss/cross_entropy"] == 0 for log in steps(trainer))
     assert all(
@@ -292,7 +194,9 @@ def test_cross_entropy_does_not_act_on_the_students_own_samples(make_trainer):
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_a_stopped_run_goes_on_as_the_uninterrupted_one(accumulated, make_trainer, pairs, tmp_path):
+def test_a_stopped_run_goes_on_as_the_uninterrupted_one(
+    accumulated, make_distiller, pairs, tmp_path
+):
     settings = {
         "train_dataset": pairs.select(range(10)),  # two steps an epoch, or the second a half one
         "per_device_train_batch_size": 6 if accumulated == 1 else 4,
@@ -302,16 +206,16 @@ def test_a_stopped_run_goes_on_as_the_uninterrupted_one(accumulated, make_traine
         "save_strategy": "steps",
         "save_steps": 3,
     }
-    whole = make_trainer(**settings, output_dir=str(tmp_path / "whole"))
+    whole = make_distiller(**settings, output_dir=str(tmp_path / "whole"))
     whole.train()
-    resumed = make_trainer(**settings, output_dir=str(tmp_path / "whole"))
+    resumed = make_distiller(**settings, output_dir=str(tmp_path / "whole"))
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_a_lora_student_moves_its_adapter_alone(make_trainer, lora):
-    trainer = make_trainer(peft_config=lora)
+def test_a_lora_student_moves_its_adapter_alone(make_distiller, lora):
+    trainer = make_distiller(peft_config=lora)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     trainer.train()
     moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
@@ -319,34 +223,34 @@ def test_a_lora_student_moves_its_adapter_alone(make_trainer, lora):
     assert all("lora" in name for name in moved)
 
 
-def test_the_seed_fixes_where_an_adapter_starts(make_trainer, lora):
+def test_the_seed_fixes_where_an_adapter_starts(make_distiller, lora):
     starts = []
     for noise, seed in ((1, 0), (2, 0), (1, 3)):
         torch.manual_seed(noise)
-        starts.append(make_trainer(peft_config=lora, seed=seed).model.state_dict())
+        starts.append(make_distiller(peft_config=lora, seed=seed).model.state_dict())
     (same,) = {torch.equal(starts[0][name], starts[1][name]) for name in starts[0]}
     assert same
     assert any(not torch.equal(starts[0][name], starts[2][name]) for name in starts[0])
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_a_teacher_that_is_the_student_is_refused(adapter, make_trainer, make_lm, lora):
+def test_a_teacher_that_is_the_student_is_refused(adapter, make_distiller, make_lm, lora):
     model = make_lm()
     with pytest.raises(ValueError, match=r"share the weights that are trained: .* a second time"):
-        make_trainer(model=model, teacher_model=model, peft_config=lora if adapter else None)
+        make_distiller(model=model, teacher_model=model, peft_config=lora if adapter else None)
 
 
-def test_a_teacher_in_bfloat16_measures_about_the_same(make_trainer, make_lm):
+def test_a_teacher_in_bfloat16_measures_about_the_same(make_distiller, make_lm, steps):
     logs = []
     for dtype in (torch.float32, torch.bfloat16):
-        trainer = make_trainer(teacher_model=make_lm(seed=0).to(dtype), loss="fkl", max_steps=1)
+        trainer = make_distiller(teacher_model=make_lm(seed=0).to(dtype), loss="fkl", max_steps=1)
         trainer.train()
         logs.append(steps(trainer)[0])
     assert logs[1]["divergence/fkl"] == pytest.approx(logs[0]["divergence/fkl"], rel=3e-2)
 
 
 @pytest.mark.parametrize("on_policy", [0.0, 1.0])
-def test_student_and_teacher_may_be_of_different_families(on_policy, make_trainer, pairs):
+def test_student_and_teacher_may_be_of_different_families(on_policy, make_distiller, pairs):
     """A GPT-2 learns from a Gemma 2: rotary positions, a scaled embedding, soft-capped logits."""
     config = Gemma2Config(
         vocab_size=33,
@@ -366,7 +270,7 @@ def test_student_and_teacher_may_be_of_different_families(on_policy, make_traine
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         teacher = Gemma2ForCausalLM(config).eval()
-    trainer = make_trainer(teacher_model=teacher, loss="fkl", on_policy_fraction=on_policy)
+    trainer = make_distiller(teacher_model=teacher, loss="fkl", on_policy_fraction=on_policy)
     inputs = {column: pairs[column][:6] for column in pairs.column_names}
     responses, _ = trainer.responses(inputs, trainer._generator())
     _, parts = trainer.loss(responses, *trainer.hidden_states(responses), bool(on_policy))
@@ -379,21 +283,21 @@ def test_student_and_teacher_may_be_of_different_families(on_policy, make_traine
 
 @pytest.mark.parametrize("on_policy", [0.0, 1.0])
 def test_a_head_padded_further_than_the_others_is_cut_in_loss_and_sampling(
-    on_policy, make_trainer, make_lm
+    on_policy, make_distiller, make_lm, steps
 ):
     student, vocab = make_lm(seed=1), make_lm().config.vocab_size
     student.resize_token_embeddings(vocab + 31, mean_resizing=False)
     with torch.no_grad():
         student.lm_head.weight[vocab:] = 5 * student.lm_head.weight[:31]  # likely, if not cut
-    trainer = make_trainer(model=student, on_policy_fraction=on_policy)
+    trainer = make_distiller(model=student, on_policy_fraction=on_policy)
     trainer.train()
     assert trainer.vocab_size == vocab
     assert steps(trainer)[0]["divergence/fkl"] > 0
 
 
-def test_accumulated_batches_give_the_mean_of_their_losses(make_trainer, pairs):
+def test_accumulated_batches_give_the_mean_of_their_losses(make_distiller, pairs, steps):
     data = pairs.select(range(4))
-    trainer = make_trainer(
+    trainer = make_distiller(
         train_dataset=data,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
@@ -405,8 +309,10 @@ def test_accumulated_batches_give_the_mean_of_their_losses(make_trainer, pairs):
     assert log["loss"] == pytest.approx(log["loss/divergence"], rel=1e-3)
 
 
-def test_evaluation_measures_held_out_text_and_on_demand_the_students_samples(make_trainer, pairs):
-    trainer = make_trainer(eval_dataset=pairs, eval_on_policy=True, response_length=5)
+def test_evaluation_measures_held_out_text_and_on_demand_the_students_samples(
+    make_distiller, pairs
+):
+    trainer = make_distiller(eval_dataset=pairs, eval_on_policy=True, response_length=5)
     metrics = trainer.evaluate()
     assert metrics == trainer.evaluate()
     for prefix in ("eval_", "eval_own/"):
@@ -415,8 +321,8 @@ def test_evaluation_measures_held_out_text_and_on_demand_the_students_samples(ma
     assert metrics["eval_loss"] == pytest.approx(metrics["eval_divergence/akl"], rel=1e-5)
 
 
-def test_the_held_out_loss_is_the_loss_that_is_trained(make_trainer, pairs):
-    trainer = make_trainer(
+def test_the_held_out_loss_is_the_loss_that_is_trained(make_distiller, pairs):
+    trainer = make_distiller(
         eval_dataset=pairs,
         loss="skew_fkl",
         skew_alpha=0.3,
@@ -440,6 +346,8 @@ def test_the_held_out_loss_is_the_loss_that_is_trained(make_trainer, pairs):
     [
         ({"loss": "kl"}, "divergence 'kl' is unknown; use one of fkl"),
         ({"ce_weight": 1.5}, "ce_weight is 1.5; it must lie in"),
+        ({"per_device_train_batch_size": -1}, "per_device_train_batch_size is -1; it must be at"),
+        ({"max_steps": -5, "num_train_epochs": -1}, "make one of them positive"),
         ({"temperature": 0.0}, "temperature is 0.0; it must be > 0"),
         ({"temperature": math.inf}, "temperature is inf; it must be > 0 and finite"),
         ({"sampling_temperature": math.inf}, "sampling_temperature is inf; it must be > 0"),
@@ -468,96 +376,15 @@ def test_impossible_settings_are_refused_with_their_remedy(settings, message, tm
         DistillConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **settings)
 
 
-def test_data_and_models_that_do_not_fit_are_refused(make_trainer, make_lm, pairs):
-    with pytest.raises(ValueError, match="columns 'prompt' and 'completion', or 'text', is needed"):
-        make_trainer(train_dataset=pairs.remove_columns("completion"))
-    make_trainer(train_dataset=pairs.remove_columns("completion"), teacher_generated=True)
-    with pytest.raises(ValueError, match="the teacher's head has 20 rows for 33 tokens"):
-        make_trainer(teacher_model=make_lm(vocab_size=20))
-
-
-@pytest.mark.parametrize(
-    ("column", "bad", "message"),
-    [
-        ("prompt", " ", "train_dataset: prompt 1 is empty"),
-        ("completion", "", "train_dataset: completion 1 is empty .1 of 2 are.: .* or sample all"),
-        ("completion", " \n", "completion 1 is empty"),
-        ("prompt", None, "train_dataset: prompt 1 is no text but None: leave such rows out"),
-    ],
-)
-def test_rows_that_teach_nothing_are_named(column, bad, message, make_trainer):
-    rows = {"prompt": ["a", "a"], "completion": ["b", "b"]}
-    rows[column][1] = bad
-    data = Dataset.from_dict(rows)
-    with pytest.raises(ValueError, match=message):
-        make_trainer(train_dataset=data)
-    with pytest.raises(ValueError, match=message.replace("train_dataset", "eval_dataset")):
-        make_trainer(eval_dataset=data)
-    if column == "completion":  # which nobody reads here
-        make_trainer(train_dataset=data, on_policy_fraction=1.0)
-
-
-def test_chat_messages_are_named(make_trainer):
-    messages = [[{"role": "user", "content": "hi"}]]
-    data = Dataset.from_dict({"prompt": messages, "completion": messages})
-    with pytest.raises(ValueError, match=r"chat messages become a text by .*apply_chat_template"):
-        make_trainer(train_dataset=data)
-
-
-def test_what_a_tokenizer_without_bos_or_eos_cannot_do_is_refused_at_once(make_trainer, tokenizer):
-    texts = Dataset.from_dict({"text": ["good film", "good"] * 3})
-    tokenizer.bos_token = None
-    make_trainer(train_dataset=texts)  # "good", then the end of text
-    with pytest.raises(ValueError, match="the tokenizer has no bos token to begin a text with"):
-        make_trainer(train_dataset=texts, on_policy_fraction=0.1)
-    tokenizer.pad_token, tokenizer.eos_token = "good", None
-    with pytest.raises(ValueError, match="rows 0 to 5: text 1 leaves no token to predict"):
-        make_trainer(train_dataset=texts)
-
-
-def test_a_prompt_that_leaves_no_room_for_its_response_is_refused(make_trainer):
-    long = Dataset.from_dict({"prompt": ["film " * 60] * 6, "completion": ["good"] * 6})
-    make_trainer(train_dataset=long, response_length=2).train()  # 1 + 60 + 2 tokens, 64 positions
-    with pytest.raises(ValueError, match="come to 66 tokens, and the model has 64 positions"):
-        make_trainer(train_dataset=long, on_policy_fraction=0.1)
-    with pytest.raises(ValueError, match=r"eval_dataset, rows 0 to 5: .* come to 66 tokens"):
-        make_trainer(eval_dataset=long, eval_on_policy=True)
-    long = Dataset.from_dict({"prompt": ["film " * 70] * 6, "completion": ["good"] * 6})
-    with pytest.raises(ValueError, match="set a smaller max_prompt_length or a shorter response"):
-        make_trainer(train_dataset=long, response_length=2)
-    make_trainer(train_dataset=long, response_length=2, max_prompt_length=60).train()
-
-
-def test_wandb_gets_what_the_file_gets(make_trainer, tmp_path, monkeypatch):
+def test_wandb_gets_what_the_file_gets(make_distiller, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     logged: list[dict[str, Any]] = []
     import wandb
 
-    trainer = make_trainer(report_to=["wandb"])
+    trainer = make_distiller(report_to=["wandb"])
     monkeypatch.setattr(
         wandb.sdk.wandb_run.Run, "log", lambda self, data, *a, **k: logged.append(data)
     )
     trainer.train()
     assert any("train/divergence/akl" in row for row in logged)
     assert list(Path(tmp_path / "run" / "wandb").glob("offline-run-*"))
-
-
-def test_columns_that_are_not_read_may_hold_anything(make_trainer, pairs):
-    trainer = make_trainer(train_dataset=pairs.add_column("input_ids", [[1]] * len(pairs)))
-    trainer.train()
-    assert trainer.state.global_step == 2
-
-
-def test_several_evaluation_sets_are_measured_each_under_its_name(make_trainer, pairs):
-    sets = {"first": pairs.select([0]), "all": pairs}
-    trainer = make_trainer(eval_dataset=sets)
-    metrics = trainer.evaluate()
-    for name, data in sets.items():
-        assert metrics[f"eval_{name}_loss"] == trainer.evaluate(data)["eval_loss"]
-    with pytest.raises(ValueError, match=r"eval_dataset 'far': .* is empty"):
-        make_trainer(eval_dataset={"far": Dataset.from_dict({"text": [" "]})})
-
-
-def test_a_stream_of_rows_is_refused(make_trainer, pairs):
-    with pytest.raises(ValueError, match="train_dataset is of type IterableDataset"):
-        make_trainer(train_dataset=pairs.to_iterable_dataset())

@@ -9,8 +9,10 @@ from peft import PromptTuningConfig, get_peft_model
 
 from rlkl.trainers import PPOTrainer, RaoBlackwellPPOTrainer
 
+CHAT = [{"role": "user", "content": "hi"}]
 
-def data(*prompts: str) -> Dataset:
+
+def data(*prompts: str | None) -> Dataset:
     return Dataset.from_dict({"prompt": list(prompts)})
 
 
@@ -87,14 +89,23 @@ def test_an_estimator_that_does_not_fit_the_default_placement_is_refused(make_tr
         ({"kl_target": -1.0}, "target is -1.0"),
         ({"kl_target": 6.0, "kl_horizon": 1.0}, "horizon"),
         ({"per_device_train_batch_size": 64}, "12 prompts for per_device_train_batch_size=64"),
-        ({"train_dataset": data(*["it"] * 8, " ")}, "prompt 8 is empty"),
+        ({"train_dataset": data(*["it"] * 8, " ")}, "train_dataset: prompt 8 is empty"),
+        ({"train_dataset": data(*["it"] * 8, None)}, "train_dataset: prompt 8 is no text but None"),
+        ({"train_dataset": Dataset.from_dict({"prompt": [CHAT] * 8})}, "apply_chat_template"),
+        ({"eval_dataset": data("it", None)}, "eval_dataset: prompt 1 is no text but None"),
         ({"train_dataset": Dataset.from_dict({"text": ["it"] * 8})}, "'prompt' column is needed"),
         ({"train_dataset": data(*["it"] * 300, "it " * 60)}, "rows 256 to 300: .* 66 tokens"),
         ({"train_dataset": [{"prompt": "it"}] * 8}, r"train_dataset is of type list.*from_list"),
         ({"train_dataset": data("it").to_iterable_dataset()}, "of type IterableDataset"),
-        ({"eval_dataset": Dataset.from_dict({"text": ["it"]})}, "eval_dataset: .*'prompt' column"),
+        (
+            {"eval_dataset": Dataset.from_dict({"text": ["it"]})},
+            "is needed; eval_dataset has",
+        ),
         ({"eval_dataset": data("it " * 60)}, "eval_dataset, rows 0 to 0: .* 66 tokens"),
-        ({"eval_dataset": {"own": data("it"), "far": data(" ")}}, "eval_dataset 'far': prompt 0"),
+        (
+            {"eval_dataset": {"own": data("it"), "far": data(" ")}},
+            "'far': prompt 0 is empty",
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) and len(str(value)) < 60 else "",
 )

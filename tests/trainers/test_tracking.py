@@ -7,7 +7,7 @@ import pytest
 import wandb
 from transformers import TrainerCallback
 
-from rlkl.trainers import RaoBlackwellPPOTrainer
+from rlkl.trainers import DistillConfig, PPOConfig, RaoBlackwellPPOTrainer
 from rlkl.trainers.tracking import wandb_mode
 from tests.offline_wandb import history, offline_records
 
@@ -106,3 +106,23 @@ def test_a_new_training_in_the_same_folder_is_a_run_of_its_own(make_trainer, tmp
         make_trainer(report_to=["wandb"], max_steps=1).train()
         ids.append((tmp_path / "run" / "wandb_run_id.txt").read_text())
     assert ids[0] != ids[1]
+
+
+@pytest.mark.parametrize("config", [PPOConfig, DistillConfig])
+def test_wandb_is_asked_for(config, tmp_path):
+    """Making or training a trainer sends nothing by itself, whatever key the machine has."""
+    run = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    assert config(**run).report_to == []
+    assert config(**run, report_to="wandb").report_to == ["wandb"]
+
+
+def test_a_run_that_reports_nowhere_is_in_its_files(make_trainer, quick_run, monkeypatch, tmp_path):
+    del quick_run["report_to"]
+
+    def opened(**settings: object) -> None:
+        raise AssertionError("a W&B run was opened")
+
+    monkeypatch.setattr(wandb, "init", opened)
+    make_trainer(max_steps=1).train()
+    assert (tmp_path / "run" / "metrics.jsonl").is_file()
+    assert not (tmp_path / "run" / "wandb").exists()

@@ -22,12 +22,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 
+from rlkl.data import check_text
 from rlkl.evaluation.kl_estimate.draws import Draws, check_length, check_positive
 from rlkl.models import ModelPair
+from rlkl.models.tokenizers import padding_id
 from rlkl.rollout import Responses, encode_prompts
 
 
@@ -64,6 +66,7 @@ class ReplayedResponses:
         self.pair, self.path, self.batch_size = pair, Path(path), batch_size
         if not self.path.is_file():
             raise FileNotFoundError(f"no such file of completions: {path}")
+        self._pad = padding_id(pair.tokenizer)
         self._numbers: dict[bytes, int] = {}
         self.limit = self.max_tokens = longest = unknown = 0
         kinds: dict[str, int] = {}
@@ -122,9 +125,8 @@ class ReplayedResponses:
             repetitions.append(seen[number])
             seen[number] += 1
         device = next(self.pair.policy.model.parameters()).device
-        pad = cast(int, self.pair.tokenizer.pad_token_id)
-        prompt_ids, prompt_mask = _padded([row.prompt_ids for row in rows], pad, left=True)
-        tokens, mask = _padded([row.ids for row in rows], pad, left=False)
+        prompt_ids, prompt_mask = _padded([row.prompt_ids for row in rows], self._pad, left=True)
+        tokens, mask = _padded([row.ids for row in rows], self._pad, left=False)
         kind = rows[0].log_prob_kind
         token_logp = torch.zeros(mask.shape, dtype=torch.float64)
         if kind == "token":
@@ -209,8 +211,7 @@ def _key(completion: Completion) -> bytes:
 def _text(row: dict[str, Any], name: str) -> str:
     if name not in row:
         raise ValueError(f"has {', '.join(row) or 'nothing'}, but neither {name} nor {name}_ids")
-    if not isinstance(row[name], str):
-        raise ValueError(f"{name} is {row[name]!r}; it must be a text")
+    check_text(row[name], name)
     return row[name]
 
 

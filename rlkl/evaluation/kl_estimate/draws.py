@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlkl.models import ModelPair
+from rlkl.models.language_model import max_positions
 from rlkl.rollout import Responses, encode_prompts, sample_responses
 from rlkl.rollout.randomness import generator_of
 
@@ -53,17 +54,16 @@ def check_positive(**numbers: int) -> None:
 def check_length(pair: ModelPair, longest: int, what: str) -> None:
     """Refuses more tokens than the shorter of the two models has positions for.
 
+    The last token is not read: no other follows it.
+
     Raises:
         ValueError: it says by how much, and what to shorten.
     """
-    limits = [
-        limit
-        for model in pair.modules()
-        if (limit := getattr(model.config, "max_position_embeddings", None)) is not None
-    ]
-    if limits and longest > min(limits):
+    limit = min(max_positions(model) for model in pair.modules())
+    if longest - 1 > limit:
         raise ValueError(
-            f"{what} makes {longest} tokens, but the models take {min(limits)} in all: shorten it"
+            f"{what} makes {longest} tokens, but the models take {limit} and one to end with: "
+            "shorten it"
         )
 
 

@@ -64,5 +64,6 @@ class Estimator(ABC):
             mask: True = response token. Padding may hold anything, nan and invalid ids included.
 
         Returns:
-            `[B, T]` nats, 0 where masked; differentiable in policy_logp.
+            `[B, T]` nats, 0 where masked; differentiable in policy_logp. u_t counts as 0 at a token
+            that the policy gives no probability, and so cannot have sampled (0 · log 0 = 0).
         """

@@ -103,9 +103,10 @@ class TopKEstimator(Estimator):
         exact = (p * log_ratio).sum(-1)  # [B, T]
 
         token = torch.where(mask, tokens, 0).long().unsqueeze(-1)  # [B, T, 1]
-        in_tail = (head != token).all(-1) & mask
+        logp = policy_logp.gather(-1, token).squeeze(-1)
+        in_tail = (head != token).all(-1) & mask & (logp > -torch.inf)
         # Masked before the formula, so that a token of the head leaves no gradient behind.
-        logp = torch.where(in_tail, policy_logp.gather(-1, token).squeeze(-1), 0.0)
+        logp = torch.where(in_tail, logp, 0.0)
         ref = torch.where(in_tail, ref_logp.gather(-1, token).squeeze(-1), 0.0)
         log_ratio = logp.detach() - ref
         a = (logp - logp.detach()).exp()

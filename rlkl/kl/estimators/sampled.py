@@ -35,9 +35,10 @@ class SampledEstimator(Estimator):
         index = torch.where(mask, tokens, 0).long().unsqueeze(-1)
         policy_token_logp = policy_logp.gather(-1, index).squeeze(-1)  # [B, T]
         ref_token_logp = ref_logp.gather(-1, index).squeeze(-1)  # [B, T]
+        real = mask & (policy_token_logp > -torch.inf)
         # Masked before the formula: f(0) = 0, and no nan of the padding reaches the gradient.
         return self.from_token_logp(
-            torch.where(mask, policy_token_logp, 0.0), torch.where(mask, ref_token_logp, 0.0)
+            torch.where(real, policy_token_logp, 0.0), torch.where(real, ref_token_logp, 0.0)
         )
 
     def from_token_logp(

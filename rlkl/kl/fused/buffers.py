@@ -26,6 +26,7 @@ class Block(NamedTuple):
     slope: Tensor  # [n, V] of the soft-cap, or empty
     tokens: Tensor  # [n, 1], as all that follow
     peak: Tensor  # max a
+    outside: Tensor  # log Σ eᵇ over tokens that the policy alone forbids; −∞ without any
     p_sum: Tensor
     a_sum: Tensor  # Σ p (a − max)
     t_mean: Tensor
@@ -54,9 +55,14 @@ class Block(NamedTuple):
         return {name: getattr(self, name) for name in names}
 
     @property
+    def excess(self) -> Tensor:
+        """Log of what tokens that the policy alone forbids add to Σ p φ(t): p eᵗ as p goes to 0."""
+        return self.outside - self.peak - self.t_mean
+
+    @property
     def kl(self) -> Tensor:
         """D_KL(policy ‖ ref) [n, 1] of rows that were read."""
-        return (self.phi_sum / self.p_sum).log1p_()
+        return ((self.phi_sum + self.excess.exp()) / self.p_sum).log1p_()
 
 
 class Buffers:
@@ -79,7 +85,7 @@ class Buffers:
         t = buffers[1] if problem.ref is not None else empty(size, 0)
         slope = buffers[-1] if capped else empty(size, 0)
         tokens = torch.empty_like(problem.tokens[:size, None])
-        self.buffers = self.rows = Block(buffers[0], t, slope, tokens, *empty(13, size, 1))
+        self.buffers = self.rows = Block(buffers[0], t, slope, tokens, *empty(14, size, 1))
         other = problem.divergence.read is not None
         self.block_rows: int | None = None  # a worker's rows all at once
         if device.type == "cpu" and (other or self.passes is torch_rows):
@@ -119,6 +125,11 @@ class Buffers:
 
     def reduce(self) -> None:
         """Logits to p and t, and the sums of each row."""
+        if self.problem.ref is not None:
+            self.rows.outside.fill_(-torch.inf)
+            forbidden = (self.rows.p[0] == -torch.inf).nonzero()[:, 0]
+            if len(forbidden):
+                self._each_block(lambda block, _: _set_apart(block, forbidden))
         self._each_block(self._read)
 
     def _read(self, block: Block, scratch: Scratch) -> None:
@@ -147,3 +158,15 @@ class Buffers:
             )
 
         self._each_block(work)
+
+
+def _set_apart(block: Block, tokens: Tensor) -> None:
+    """Let the reference forbid too what the policy forbids; what it gave is left in `outside`.
+
+    The tokens are those of one row: a bias forbids the same in all. A row where the policy allows
+    one of them looks as if the reference alone forbade it, and is read anew as those are.
+    """
+    rows = max(1, _BLOCK_ELEMENTS // len(tokens))
+    for t, outside in zip(block.t.split(rows), block.outside.split(rows), strict=True):
+        torch.logsumexp(t[:, tokens], 1, keepdim=True, out=outside)
+    block.t.index_fill_(1, tokens, -torch.inf)

@@ -111,22 +111,30 @@ class Chunk(Buffers):
     def _joint_values(self, logp: Tensor) -> tuple[Tensor, Tensor]:
         """(log q(y), divergence), [n, 1] each."""
         problem, here = self.problem, self.rows
+        excess, alone = here.excess, here.outside > -torch.inf
+        far = ~(torch.maximum(here.t_max, excess) < MAX_T)  # also where it is NaN
+        far |= alone & (logp == -torch.inf)  # the reference's logit of the token is gone
         if problem.divergence.read is not None:
-            ref_logp, value = logp + here.t_token - here.kl, here.other
+            kl, gain = here.kl, problem.divergence.gain
+            ref_logp, value = logp + here.t_token - kl, here.other
+            if gain is None:
+                far |= alone
+            else:
+                value.add_((excess - kl).exp().div_(here.p_sum), alpha=gain)
         elif problem.ref_logp is not None:
             ref_logp = problem.ref_logp[self.start : self.start + len(logp), None]
             value = (logp - ref_logp).add_(here.t.gather(1, here.tokens)).clamp_(min=0)
         else:
             value = here.kl
             ref_logp = logp + here.t.gather(1, here.tokens) - value
-        for index in _where(~(here.t_max < MAX_T)):  # also where it is NaN
+        for index in _where(far):
             value[index], logq = self._far_divergence(index)
             if problem.ref_logp is None:
                 ref_logp[index] = logq
         return ref_logp, value
 
     def _far_divergence(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """(divergence, log q(y)) of rows where p underflows, q does not, or one model forbids.
+        """(divergence, log q(y)) of rows where p underflows and q does not, or the KL is infinite.
 
         Their logits are multiplied anew, and the definitions of `rlkl.kl.divergences` summed.
         """

@@ -138,6 +138,11 @@ def fused_divergence(
             "whose `kl` it then is"
         )
     tokens = torch.zeros(len(policy_hidden), dtype=torch.long, device=policy_hidden.device)
+    if isinstance(policy_head, OutputHead) and isinstance(policy_head.bias, Tensor):
+        # Rows whose token the policy forbids are read anew, and here any token will do.
+        allowed = (policy_head.bias.flatten()[:vocab_size] > -torch.inf).nonzero()
+        if len(allowed):
+            tokens.fill_(int(allowed[0]))
     return fused_token_stats(
         policy_hidden,
         policy_head,

@@ -14,8 +14,15 @@ respect to the policy's logits is −p ⊙ X, where X = E_p[g] − g and g = f �
     skew_rkl  L = log(1 + (1 − α) expm1 s),         r = −α (1 − α) expm1 s / (1 + (1 − α) expm1 s)
 
 Every term of the sums is O(s²), and an error of the normaliser enters squared; see the package.
+
+A token that the policy forbids adds the limit of p f(s) as p goes to 0, q lim f(s) e⁻ˢ:
+
+    rkl  q        js  −w log w q        skew_fkl  (α − 1 − log α) q        skew_rkl  (1 − α) q
+
+and forward KL is infinite. To the gradient it adds nothing.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -64,6 +71,9 @@ class RowDivergence(NamedTuple):
     which the engine has already, X = t."""
     dense: Callable[[Tensor, Tensor, Tensor], Tensor]
     """Logits [n, V] of policy and reference, tokens [n, 1] -> [n]; differentiable."""
+    gain: float | None
+    """Its gain per unit of the reference's probability of tokens that the policy forbids, which
+    `read` does not see. None: it may be infinite."""
 
 
 def row_divergence(divergence: str | Divergence | TopK) -> RowDivergence:
@@ -90,10 +100,10 @@ def row_divergence(divergence: str | Divergence | TopK) -> RowDivergence:
 
     if name == "js" and weight in (0.0, 1.0):
         if not scaled:
-            return RowDivergence(_none, dense)
+            return RowDivergence(_none, dense, 0.0)
         name = "rkl" if weight else "fkl"
     if name == "rkl" or (name, weight) == ("fkl_rkl", 0.0) or (name, alpha) == ("skew_rkl", 0.0):
-        return RowDivergence(None, dense)
+        return RowDivergence(None, dense, 1.0)
     readers: dict[str, Callable[[Rows, bool], Tensor]] = {
         "fkl": lambda rows, d: _forward_reverse(rows, d, lambda *_: 1.0),
         "fkl_rkl": lambda rows, d: _forward_reverse(rows, d, lambda *_: weight),
@@ -106,7 +116,14 @@ def row_divergence(divergence: str | Divergence | TopK) -> RowDivergence:
     if name not in readers:
         known = ", ".join(readers)
         raise ValueError(f"divergence {name!r} has no fused form; these have: rkl, {known}")
-    return RowDivergence(readers[name], dense)
+    gain: float | None = None
+    if name == "js":
+        gain = -math.log(weight) * (1 / (1 - weight) if scaled else weight)
+    elif name == "skew_fkl" and alpha > 0:
+        gain = alpha - 1 - math.log(alpha)
+    elif name == "skew_rkl":
+        gain = 1 - alpha
+    return RowDivergence(readers[name], dense, gain)
 
 
 def _topk(k: int) -> RowDivergence:
@@ -141,7 +158,7 @@ def _topk(k: int) -> RowDivergence:
         tail = ~(index == tokens).any(1)
         return head + torch.where(tail, (own - own.detach() + 1) * (token_u + 1) - 1, 0.0)
 
-    return RowDivergence(read, dense)
+    return RowDivergence(read, dense, 0.0)
 
 
 def _expm1(rows: Rows) -> tuple[Tensor, Tensor]:

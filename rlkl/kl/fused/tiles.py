@@ -43,6 +43,7 @@ class Sums(NamedTuple):
     t_mean: Tensor  # of b − a, under p
     t_max: Tensor  # max (b − a)
     phi_sum: Tensor  # Σ p φ(b − a − t_mean)
+    outside: Tensor  # log Σ eᵇ over tokens that the policy alone forbids
 
     def join(self, other: Self) -> Self:
         """The sums over both parts of the vocabulary."""
@@ -66,6 +67,7 @@ class Sums(NamedTuple):
                 ),
                 torch.zeros_like(peak),
             ),
+            torch.logaddexp(self.outside, other.outside),
         )
 
     def _at(self, peak: Tensor) -> Self:
@@ -174,8 +176,10 @@ def _values(parts: list[Part], problem: Problem) -> Iterator[Tensor]:
     logp = token_logit - total.peak - log_sum
     yield logp
     if problem.ref is not None:
-        kl = (total.phi_sum / total.p_sum).log1p()
-        kl.masked_fill_(~(total.t_max - total.t_mean < MAX_T), torch.nan)
+        excess = total.outside - total.peak - total.t_mean
+        kl = ((total.phi_sum + excess.exp()) / total.p_sum).log1p()
+        far = ~(torch.maximum(total.t_max - total.t_mean, excess) < MAX_T)
+        kl.masked_fill_(far, torch.nan)
         ref_logit = sum(part.ref_logit for part in parts)
         yield logp + (ref_logit - token_logit - total.t_mean) - kl
         yield kl

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from rlkl.kl import (
     DIVERGENCES,
+    ModuleHead,
     OutputHead,
     TopK,
     fused_divergence,
@@ -14,7 +15,8 @@ from rlkl.kl import (
     fused_token_stats,
     get_divergence,
 )
-from rlkl.kl.fused import generators
+from rlkl.kl.fused import engine, generators, problem, tiles, torch_rows
+from rlkl.kl.fused.generators import row_divergence
 from tests.kl.fused.cases import assert_close, gradients, make, naive, shifted, weights
 
 SETTINGS = [
@@ -125,6 +127,111 @@ def test_tokens_that_both_forbid_count_for_nothing(name):
         fused_token_stats(*x.positional, **x.bias, divergence=name).kl for x in (case, rest)
     )
     torch.testing.assert_close(whole, part)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("forbidden", [slice(3), slice(85), slice(30, None), slice(0, None, 3)])
+@pytest.mark.parametrize("passes", ["numba_rows", "torch_rows"])
+@each
+def test_tokens_that_the_policy_alone_forbids_are_read_as_others_are(
+    divergence, passes, forbidden, monkeypatch
+):
+    """Whole tiles of such tokens too; what the definition makes infinite is so, read anew."""
+    case = make()
+    case.policy_bias[forbidden] = -torch.inf
+    case.ref_bias[forbidden][1::4] = -torch.inf  # both forbid these
+    case.ref_bias[forbidden][2::4] = -40.0
+    allowed = case.policy_bias.isfinite()
+    case = case._replace(tokens=allowed.nonzero()[:, 0][case.tokens % int(allowed.sum())])
+    truth, leaves = case.leaves()
+    expected, ref_logp = divergence(*logits(truth, 0.9)), naive(case, 0.9).ref_logp
+    w = weights(len(case.tokens))[0]
+    expected_gradients = gradients((w * expected).sum(), leaves)
+    if row_divergence(divergence).gain is not None:
+        assert expected.isfinite().all()
+        monkeypatch.delattr(engine.Chunk, "_far_divergence")
+    if passes == "torch_rows":
+        monkeypatch.setattr(problem, "row_passes", lambda *_: torch_rows)
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 2e-5)):
+        policy, leaves = case.to(dtype).leaves()
+        for options in ({"whole_rows": False}, {"whole_rows": True, "chunk_size": 8}):
+            stats = fused_token_stats(
+                *policy.positional, divergence=divergence, temperature=0.9, **options, **policy.bias
+            )
+            got = stats.kl, stats.ref_logp
+            assert_close(got, (expected.detach(), ref_logp), tolerance, tolerance)
+            if expected.isfinite().all():
+                found = gradients((w * stats.kl).sum(), leaves)
+                assert all((x[~allowed] == 0).all() for x in found[1:])
+                for x, y in zip(found, expected_gradients, strict=True):
+                    assert (x - y).norm() <= 5 * tolerance * (1 + y.norm())
+
+
+def test_tiles_need_no_whole_rows_where_the_policy_alone_forbids(small_tiles, monkeypatch):
+    monkeypatch.delattr(tiles, "sweep")
+    case = make()
+    case.policy_bias[30:] = -torch.inf
+    case = case._replace(tokens=case.tokens % 30)
+    expected = naive(case)
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 2e-5)):
+        given = case.to(dtype)
+        stats = fused_token_stats(*given.positional, **given.bias)
+        assert_close(stats, expected, tolerance, tolerance)
+
+
+@pytest.mark.parametrize("name", ["rkl", "js"])
+def test_a_divergence_without_tokens_asks_for_none_that_the_policy_forbids(name, monkeypatch):
+    monkeypatch.delattr(engine.Chunk, "_far_divergence")
+    case = make()
+    case.policy_bias[:5] = -torch.inf
+    heads = (OutputHead(case.policy_head, case.policy_bias), OutputHead(case.ref_head))
+    got = fused_divergence(case.policy_hidden, heads[0], case.ref_hidden, heads[1], name)
+    case.ref_bias.zero_()
+    torch.testing.assert_close(got, get_divergence(name)(*logits(case)))
+
+
+@pytest.mark.parametrize("k", [3, 60])
+def test_topk_reads_tokens_that_the_policy_alone_forbids_as_others(k, monkeypatch):
+    case = make()
+    case.policy_bias[40:] = -torch.inf
+    case = case._replace(tokens=case.tokens % 40)
+    found = []
+    for whole_path in (True, False):
+        if not whole_path:
+            monkeypatch.delattr(engine.Chunk, "_far_divergence")
+        else:
+            monkeypatch.setattr(engine, "MAX_T", -1.0)
+        policy, leaves = case.leaves()
+        stats = fused_token_stats(*policy.positional, **policy.bias, divergence=TopK(k))
+        found.append([stats.kl.detach(), *gradients(stats.kl.sum(), leaves)])
+        monkeypatch.undo()
+    assert_close(*found, 1e-10, 1e-10)
+
+
+def test_rows_that_do_not_forbid_what_the_first_does_are_right_too():
+    """A head that forbids by hidden state."""
+
+    class Head(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(make().policy_head)
+
+        def forward(self, hidden):
+            forbidden = torch.arange(101) < (hidden[:, :1] > 0) * 20
+            return (hidden @ self.weight.T).masked_fill(forbidden, -torch.inf)
+
+    case, head = make(), Head()
+    assert (case.policy_hidden[:, 0] > 0).unique().numel() == 2
+    case = case._replace(tokens=case.tokens.clamp(min=20))
+    for hidden in (case.policy_hidden, -case.policy_hidden):
+        for name in ("rkl", "js", "skew_fkl", "skew_rkl"):
+            ref = case.ref_hidden @ case.ref_head.T
+            expected = get_divergence(name)(head(hidden), ref)
+            models = ModuleHead(head, 101), case.ref_hidden, case.ref_head, case.tokens
+            stats = fused_token_stats(hidden, *models, divergence=name)
+            torch.testing.assert_close(stats.kl, expected)
+            found, truth = (gradients(x.sum(), [head.weight]) for x in (stats.kl, expected))
+            assert_close(found, truth, 1e-10, 1e-10)
 
 
 def test_a_head_of_many_tokens_is_found_whole(monkeypatch):

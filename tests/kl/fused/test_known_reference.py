@@ -121,7 +121,7 @@ def test_forbidden_tokens_and_probabilities_that_underflow_count_for_nothing(
 
 def test_what_is_given_is_given_back_where_rows_are_read_anew():
     case, given = make(), torch.full((29,), -3.0)
-    case.policy_bias[3] = -torch.inf
+    case.ref_bias[3] = -torch.inf
     case = case._replace(tokens=case.tokens.clamp(min=4))
     _, stats = fused_token_loss(kl_sum, *case.positional, ref_logp=given, **case.bias)
     assert (stats.ref_logp == -3).all()

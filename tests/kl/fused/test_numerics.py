@@ -121,12 +121,15 @@ def test_far_apart_models_neither_overflow_nor_lose_the_reference_mass(scale, wh
         *policy.positional, **policy.bias, chunk_size=10, whole_rows=whole_rows
     )
     assert_close(stats, expected, 1e-5, 1e-5 * scale)
-    # Logits of this size are themselves rounded: allow three times what that does to the naive.
+    # Logits of this size are themselves rounded, and p as they are: allow that, and three times
+    # what it does to the naive, which may be lucky.
+    logits = truth.policy_hidden.detach() @ truth.policy_head.detach().T
+    rounding = torch.finfo(torch.float32).eps * float(logits.abs().max())
     rounded, rounded_leaves = single.leaves()
     rounded_gradients = gradients(combine(naive(rounded), *weights(29)), rounded_leaves)
     got = gradients(combine(stats, *weights(29)), leaves)
     for x, y, z in zip(got, rounded_gradients, expected_gradients, strict=True):
-        assert (x - z).norm() < 3 * (y - z).norm() + 1e-6 * z.norm()
+        assert (x - z).norm() < 3 * (y - z).norm() + rounding * z.norm()
 
 
 @pytest.mark.parametrize("of_all_ref_logits", [0.0, 30.0])

@@ -1,0 +1,39 @@
+"""What DistillTrainer refuses before any work, in its own words."""
+
+import pytest
+from datasets import Dataset
+from peft import get_peft_model
+
+from rlkl.trainers import DistillConfig, DistillTrainer
+
+
+@pytest.fixture
+def build(quick_run, make_lm, tokenizer):
+    """Builds a trainer of one pair; keywords are those of DistillTrainer."""
+
+    def make(**changes):
+        return DistillTrainer(
+            **{
+                "model": make_lm(seed=1),
+                "teacher_model": make_lm(seed=0),
+                "args": DistillConfig(**quick_run),
+                "train_dataset": Dataset.from_dict({"prompt": ["the film"], "completion": ["is"]}),
+                "processing_class": tokenizer,
+            }
+            | changes
+        )
+
+    return make
+
+
+def test_a_second_adapter_is_refused(build, make_lm, lora):
+    student = get_peft_model(make_lm(seed=1), lora)
+    with pytest.raises(ValueError, match="has an adapter already: leave peft_config out"):
+        build(model=student, peft_config=lora)
+
+
+@pytest.mark.parametrize("which", ["train_dataset", "eval_dataset"])
+def test_data_without_rows_is_refused(which, build):
+    empty = Dataset.from_dict({"prompt": [], "completion": []})
+    with pytest.raises(ValueError, match=f"{which} has no rows: give it at least one"):
+        build(**{which: empty})
