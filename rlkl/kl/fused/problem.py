@@ -16,9 +16,9 @@ from rlkl.kl.fused.generators import RowDivergence, TopK, row_divergence
 from rlkl.kl.fused.heads import ModuleHead, OutputHead, Product, check_head, inputs_of, products_of
 from rlkl.kl.fused.records import TokenLogp, TokenStats
 
-# A chunk holds about this many logits of each model (50 MB in float32), within these rows. Fewer
+# A chunk holds about this many logits of each model (48 MB in float32), within these rows. Fewer
 # rows make the products slower: each chunk reads the whole head and adds to its whole gradient.
-_CHUNK_ELEMENTS = 12_600_000
+_CHUNK_ELEMENTS = 12_000_000
 _CHUNK_ROWS = (240, 512)
 # From this vocabulary on threads take whole shares: see `large`. (Below torch's grain of 32,768 a
 # row is summed by one thread: its bits do not depend on how rows are divided.)
