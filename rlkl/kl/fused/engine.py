@@ -47,9 +47,13 @@ def sweep(
             part = tuple(out[rows] for out in stats)
             chunk.multiply(start, len(part[0]))
             if on_logits is not None:
-                on_logits(rows, chunk.rows.p, chunk.rows.t)
+                with workers.torch_threads():
+                    on_logits(rows, chunk.rows.p, chunk.rows.t)
             chunk.read(part)
-            given = {} if upstream is None else upstream(rows, part)
+            given = {}
+            if upstream is not None:
+                with workers.torch_threads():
+                    given = upstream(rows, part)
             if gradients is not None and given:
                 gradients.add(rows, chunk.logit_gradient(part, given), workers)
     return stats
@@ -106,7 +110,8 @@ class Chunk(Buffers):
             if product.sliced:
                 self.workers.multiply(share)
             else:
-                product.logits(rows, out, slope)
+                with self.workers.torch_threads():
+                    product.logits(rows, out, slope)
 
     def _joint_values(self, logp: Tensor) -> tuple[Tensor, Tensor]:
         """(log q(y), divergence), [n, 1] each."""
@@ -144,17 +149,18 @@ class Chunk(Buffers):
         assert problem.ref is not None
         self._multiply(problem.policy, rows, a)
         self._multiply(problem.ref, rows, b)
-        logp, logq = log_softmax_pair(a, b)
-        if self.differentiate:
-            with torch.enable_grad():
-                value = problem.divergence.dense(a.requires_grad_(), b, tokens)
-                (gradient,) = torch.autograd.grad(value.sum(), a)
-            # The gradient is −p ⊙ t, and must be where p underflows too.
-            p = logp.exp().clamp_(min=SMALLEST_P)
-            here.p[index], here.t[index] = p, -gradient / p
-            here.p_sum[index], here.t_sum[index] = 1.0, 0.0
-        else:
-            value = problem.divergence.dense(a, b, tokens)
+        with self.workers.torch_threads():
+            logp, logq = log_softmax_pair(a, b)
+            if self.differentiate:
+                with torch.enable_grad():
+                    value = problem.divergence.dense(a.requires_grad_(), b, tokens)
+                    (gradient,) = torch.autograd.grad(value.sum(), a)
+                # The gradient is −p ⊙ t, and must be where p underflows too.
+                p = logp.exp().clamp_(min=SMALLEST_P)
+                here.p[index], here.t[index] = p, -gradient / p
+                here.p_sum[index], here.t_sum[index] = 1.0, 0.0
+            else:
+                value = problem.divergence.dense(a, b, tokens)
         return value.detach()[:, None], logq.gather(1, tokens)
 
     def logit_gradient(self, stats: tuple[Tensor, ...], given: dict[str, Tensor]) -> Tensor:

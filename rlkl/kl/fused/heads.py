@@ -214,7 +214,7 @@ class _LinearGradients(Gradients):
     def add(self, rows: slice, grad: Tensor, workers: Workers) -> None:
         product, vocab = self.product, self.product.vocab
         # Rows beyond the vocabulary are padding: their gradient stays 0.
-        hidden_sum, weight_sum, bias_sum, *factor_sums = self.sums
+        hidden_sum, weight_sum, bias_sum, *_ = self.sums
         hidden = product.scaled_hidden(rows)
 
         hidden_parts = hidden_sum[None, rows] if hidden_sum is not None else None
@@ -243,16 +243,21 @@ class _LinearGradients(Gradients):
             workers.multiply(share)
             if hidden_sum is not None and hidden_parts is not None and workers.parts > 1:
                 hidden_sum[rows].add_(hidden_parts.sum(0))
-            for i, (a, b, scale) in enumerate(product.adapters):
-                a_sum, b_sum = factor_sums[2 * i : 2 * i + 2]
-                if b_sum is not None:
-                    b_sum[:vocab].addmm_(grad.t(), hidden @ a.t(), alpha=scale)
-                if a_sum is not None or hidden_sum is not None:
-                    inner = grad @ b  # [n, R]
-                    if a_sum is not None:
-                        a_sum.addmm_(inner.t(), hidden, alpha=scale)
-                    if hidden_sum is not None:
-                        hidden_sum[rows].addmm_(inner, a, alpha=scale * product.scale)
+            with workers.torch_threads():
+                self._add_adapters(rows, grad, hidden)
+
+    def _add_adapters(self, rows: slice, grad: Tensor, hidden: Tensor) -> None:
+        product, (hidden_sum, _, _, *factor_sums) = self.product, self.sums
+        for i, (a, b, scale) in enumerate(product.adapters):
+            a_sum, b_sum = factor_sums[2 * i : 2 * i + 2]
+            if b_sum is not None:
+                b_sum[: product.vocab].addmm_(grad.t(), hidden @ a.t(), alpha=scale)
+            if a_sum is not None or hidden_sum is not None:
+                inner = grad @ b  # [n, R]
+                if a_sum is not None:
+                    a_sum.addmm_(inner.t(), hidden, alpha=scale)
+                if hidden_sum is not None:
+                    hidden_sum[rows].addmm_(inner, a, alpha=scale * product.scale)
 
 
 class ModuleProduct(Product):
@@ -301,7 +306,7 @@ class _ModuleGradients(Gradients):
         hidden = self.product.hidden[rows].detach().requires_grad_()
         leaves = [hidden, *self.product.parameters]
         pairs = [(x, s) for x, s in zip(leaves, self.sums, strict=True) if s is not None]
-        with gemm_precision(self.product.gradient_gemm_dtype):
+        with gemm_precision(self.product.gradient_gemm_dtype), workers.torch_threads():
             with torch.enable_grad():
                 logits = self.product.call(hidden)
             found = torch.autograd.grad(logits, [x for x, _ in pairs], grad, allow_unused=True)

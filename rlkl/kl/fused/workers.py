@@ -3,23 +3,27 @@
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Self, TypeVar
 
 import torch
 
 T = TypeVar("T")
-# Pieces of a product for each worker.
-_PIECES = 8
+# Of what is left of a product, a worker takes this part of its even share, but columns enough.
+_PIECE = 0.4
+_SMALLEST_PIECE = 2048
 
 
 class Workers:
     """So many threads, the caller's among them, each of which runs torch's operations alone.
 
     With one, torch splits operations as it likes. So it does with matrix products, unless the
-    workers are there to divide them too.
+    workers are there to divide them too: then torch has one thread for all that happens between
+    their parts as well, but for `torch_threads`. Its own threads spin for some milliseconds after
+    an operation, on the cores that the workers' next parts are to start on.
 
     The numbers of threads in torch are partly the process's: a thread of the program's own whose
-    first operation falls into `run` computes with one thread from then on, until it calls
+    first operation falls into this time computes with one thread from then on, until it calls
     torch.set_num_threads itself.
     """
 
@@ -33,7 +37,7 @@ class Workers:
             for _ in range(1, self.count):
                 self.pool.submit(self._start, started)
             started.wait()
-            torch.set_num_threads(self.count)
+            torch.set_num_threads(self.count if self.parts == 1 else 1)
         return self
 
     @staticmethod
@@ -47,6 +51,17 @@ class Workers:
     def __exit__(self, *exception: object) -> None:
         if self.pool is not None:
             self.pool.shutdown()
+            torch.set_num_threads(self.count)
+
+    @contextmanager
+    def torch_threads(self) -> Iterator[None]:
+        """For operations that torch is to split over its threads, ours or the caller's."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(max(before, self.count))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def run(self, work: Callable[[int], T]) -> list[T]:
         """What work(0), ..., work(count − 1) return, run at the same time."""
@@ -59,13 +74,14 @@ class Workers:
                 return work(worker)
 
         # OpenMP's number of threads is each thread's, but MKL's is the process's.
+        before = torch.get_num_threads()
         torch.set_num_threads(1)
         others = [self.pool.submit(in_callers_mode, worker) for worker in range(1, self.count)]
         try:
             first = work(0)
         finally:
             wait(others)
-            torch.set_num_threads(self.count)
+            torch.set_num_threads(before)
         return [first, *(other.result() for other in others)]
 
     def multiply(self, work: Callable[[int], None]) -> None:
@@ -80,9 +96,17 @@ class Workers:
         return slice(n * worker // self.count, n * (worker + 1) // self.count)
 
     def pieces(self, n: int) -> Iterator[slice]:
-        """Parts of a product's n columns, for all workers to take from until none is left."""
-        count = self.parts * _PIECES if self.parts > 1 else 1
-        return Shared(slice(n * i // count, n * (i + 1) // count) for i in range(count))
+        """Parts of a product's n columns, for all workers to take from until none is left.
+
+        Large ones first, which are faster; small ones last, so that nobody waits long for the rest.
+        """
+        parts, start = list[slice](), 0
+        while start < n:
+            left = n - start
+            width = max(int(_PIECE * left / self.parts), _SMALLEST_PIECE) if self.parts > 1 else n
+            parts.append(slice(start, min(start + width, n)))
+            start += width
+        return Shared(parts)
 
 
 class Shared(Iterator[T]):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from rlkl.kl.fused import buffers, heads, problem, tiles, torch_rows
+from rlkl.kl.fused import buffers, heads, problem, tiles, torch_rows, workers
 
 
 @pytest.fixture
@@ -23,6 +23,7 @@ def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """One thread, two, or two of the engine's own for torch's passes too (a large vocabulary)."""
     if request.param == "workers2":
         monkeypatch.setattr(problem, "_LARGE_VOCAB", 0)
+        monkeypatch.setattr(workers, "_SMALLEST_PIECE", 7)
     before, count = torch.get_num_threads(), int(request.param[-1])
     torch.set_num_threads(count)
     yield count

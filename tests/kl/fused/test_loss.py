@@ -14,7 +14,7 @@ from rlkl.kl import (
     fused_token_stats,
     reverse_kl,
 )
-from rlkl.kl.fused import functions
+from rlkl.kl.fused import functions, workers
 from rlkl.kl.fused.workers import Workers
 from tests.kl.fused.cases import (
     assert_close,
@@ -190,20 +190,57 @@ def test_each_worker_computes_in_the_callers_mode(threads, mode):
 
 
 @pytest.mark.parametrize("divide_products", [False, True])
-def test_products_are_one_piece_or_many_that_workers_take(threads, divide_products):
-    workers, taken = set(), []
+def test_torch_has_one_thread_between_the_parts_of_workers_that_divide_products(
+    threads, divide_products
+):
+    """Its others would spin on the cores that the next parts start on."""
+    with Workers(threads, divide_products=divide_products) as pool:
+        between = 1 if divide_products else threads
+        assert torch.get_num_threads() == between
+        with pool.torch_threads():
+            assert torch.get_num_threads() == threads
+            assert pool.run(lambda _: torch.get_num_threads()) == [1] * threads
+            assert torch.get_num_threads() == threads
+        assert torch.get_num_threads() == between
+    assert torch.get_num_threads() == threads
+
+
+def test_the_callers_functions_have_all_of_torchs_threads(threads):
+    case, seen = make(n=9, vocab=23).to(torch.float32), []
+
+    def loss_fn(stats):
+        seen.append(torch.get_num_threads())
+        return stats.kl.sum()
+
+    policy, leaves = case.leaves()
+    gradients(fused_token_loss(loss_fn, *policy.positional, **policy.bias)[0], leaves)
+    fused_token_stats(
+        *case.positional,
+        **case.bias,
+        on_logits=lambda *_: seen.append(torch.get_num_threads()),
+    )
+    assert seen == [threads] * 2
+
+
+@pytest.mark.parametrize("divide_products", [False, True])
+def test_products_are_one_piece_or_many_that_workers_take(threads, divide_products, monkeypatch):
+    monkeypatch.setattr(workers, "_SMALLEST_PIECE", 3)
+    seen, taken = set(), []
 
     def work(worker: int) -> None:
-        workers.add(worker)
+        seen.add(worker)
         taken.extend(pieces)
 
     with Workers(threads, divide_products=divide_products) as pool:
         pieces = pool.pieces(101)
         pool.multiply(work)
     divided = divide_products and threads > 1
-    assert workers == set(range(threads if divided else 1))
-    assert len(taken) == (8 * threads if divided else 1)
+    assert seen == set(range(threads if divided else 1))
     assert sorted(i for piece in taken for i in range(101)[piece]) == list(range(101))
+    widths = [piece.stop - piece.start for piece in sorted(taken, key=lambda x: x.start)]
+    assert widths[0] == (20 if divided else 101)
+    assert sorted(widths, reverse=True) == widths
+    assert min(widths[:-1], default=3) >= 3
 
 
 def test_a_call_gives_the_same_bits_whichever_thread_takes_what(threads):
