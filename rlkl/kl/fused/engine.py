@@ -11,7 +11,7 @@ from rlkl.kl.fused.generators import SMALLEST_P
 from rlkl.kl.fused.heads import Gradients, Product
 from rlkl.kl.fused.precision import gemm_precision
 from rlkl.kl.fused.problem import Problem
-from rlkl.kl.fused.workers import Workers
+from rlkl.kl.fused.workers import Shared, Workers
 
 OnLogits = Callable[[slice, Tensor, Tensor], None]
 """Called with rows, and the logits [n, V] of policy and reference there."""
@@ -99,7 +99,7 @@ class Chunk(Buffers):
         self, product: Product, rows: slice | Tensor, out: Tensor, slope: Tensor | None = None
     ) -> None:
         """The logits [n, V] of some tokens."""
-        pieces = self.workers.pieces(product.vocab)
+        pieces = Shared(self.workers.pieces(product.vocab))
 
         def share(_: int) -> None:
             for part in pieces:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from rlkl.kl.fused.openblas import addmm
 from rlkl.kl.fused.precision import gemm_precision
-from rlkl.kl.fused.workers import Workers
+from rlkl.kl.fused.workers import Shared, Workers
 
-# Heads are read in slices of this many rows: faster for BLAS, and no 16-bit head is widened whole.
+# Heads are multiplied in slices of this many rows: faster for BLAS, which keeps less of them in
+# buffers of its own, and no 16-bit head is widened whole.
 _VOCAB_SLICE = 8192
 
 
@@ -217,32 +218,33 @@ class _LinearGradients(Gradients):
         hidden_sum, weight_sum, bias_sum, *_ = self.sums
         hidden = product.scaled_hidden(rows)
 
-        hidden_parts = hidden_sum[None, rows] if hidden_sum is not None else None
-        if hidden_parts is not None and workers.parts > 1:
-            hidden_parts = hidden.new_zeros(workers.parts, *hidden.shape)
+        hidden_parts = list[Tensor]()
+        if hidden_sum is not None:
+            hidden_parts = [hidden_sum[rows], *hidden.new_zeros(workers.parts - 1, *hidden.shape)]
 
-        pieces, rounded = workers.pieces(vocab), product.gradient_gemm_dtype is not None
+        pieces = Shared(workers.pieces(vocab))
+        rounded = product.gradient_gemm_dtype is not None
 
         def share(worker: int) -> None:
-            if (
-                hidden_parts is not None
-            ):  # a sum over the vocabulary: in one order, hence fixed parts
+            if hidden_parts:  # a sum over the vocabulary: in one order, hence fixed parts
                 part = workers.share(worker, vocab) if workers.parts > 1 else slice(0, vocab)
                 grad_part = grad[:, part]
                 target = hidden_parts[worker]
                 for columns, weight in product.weight_slices(part):
                     grad_slice = grad_part[:, columns]
                     addmm(target, grad_slice, weight, alpha=product.scale, rounded=rounded)
-            for part in pieces:
-                if weight_sum is not None:
-                    addmm(weight_sum[part], grad[:, part].t(), hidden, rounded=rounded)
-                if bias_sum is not None:
-                    bias_sum[part].add_(grad[:, part].sum(0), alpha=product.scale)
+            for piece in pieces:
+                for start in range(piece.start, piece.stop, _VOCAB_SLICE):
+                    part = slice(start, min(start + _VOCAB_SLICE, piece.stop))
+                    if weight_sum is not None:
+                        addmm(weight_sum[part], grad[:, part].t(), hidden, rounded=rounded)
+                    if bias_sum is not None:
+                        bias_sum[part].add_(grad[:, part].sum(0), alpha=product.scale)
 
         with gemm_precision(product.gradient_gemm_dtype):
             workers.multiply(share)
-            if hidden_sum is not None and hidden_parts is not None and workers.parts > 1:
-                hidden_sum[rows].add_(hidden_parts.sum(0))
+            for part in hidden_parts[1:]:
+                hidden_parts[0].add_(part)
             with workers.torch_threads():
                 self._add_adapters(rows, grad, hidden)
 

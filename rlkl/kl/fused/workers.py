@@ -9,9 +9,9 @@ from typing import Self, TypeVar
 import torch
 
 T = TypeVar("T")
-# Of what is left of a product, a worker takes this part of its even share, but columns enough.
+# Of what is left of a product, a worker takes this part of its even share, within these columns.
 _PIECE = 0.4
-_SMALLEST_PIECE = 2048
+_PIECE_COLUMNS = (2048, 8192)
 
 
 class Workers:
@@ -95,18 +95,20 @@ class Workers:
         """A worker's part of n things."""
         return slice(n * worker // self.count, n * (worker + 1) // self.count)
 
-    def pieces(self, n: int) -> Iterator[slice]:
+    def pieces(self, n: int) -> list[slice]:
         """Parts of a product's n columns, for all workers to take from until none is left.
 
         Large ones first, which are faster; small ones last, so that nobody waits long for the rest.
         """
-        parts, start = list[slice](), 0
+        if self.parts == 1:
+            return [slice(0, n)]
+        pieces, start = list[slice](), 0
         while start < n:
-            left = n - start
-            width = max(int(_PIECE * left / self.parts), _SMALLEST_PIECE) if self.parts > 1 else n
-            parts.append(slice(start, min(start + width, n)))
+            width = int(_PIECE * (n - start) / self.parts)
+            width = min(max(width, _PIECE_COLUMNS[0]), _PIECE_COLUMNS[1])
+            pieces.append(slice(start, min(start + width, n)))
             start += width
-        return Shared(parts)
+        return pieces
 
 
 class Shared(Iterator[T]):

@@ -23,7 +23,7 @@ def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """One thread, two, or two of the engine's own for torch's passes too (a large vocabulary)."""
     if request.param == "workers2":
         monkeypatch.setattr(problem, "_LARGE_VOCAB", 0)
-        monkeypatch.setattr(workers, "_SMALLEST_PIECE", 7)
+        monkeypatch.setattr(workers, "_PIECE_COLUMNS", (7, 30))
     before, count = torch.get_num_threads(), int(request.param[-1])
     torch.set_num_threads(count)
     yield count

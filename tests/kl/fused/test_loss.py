@@ -15,7 +15,7 @@ from rlkl.kl import (
     reverse_kl,
 )
 from rlkl.kl.fused import functions, workers
-from rlkl.kl.fused.workers import Workers
+from rlkl.kl.fused.workers import Shared, Workers
 from tests.kl.fused.cases import (
     assert_close,
     combine,
@@ -224,7 +224,7 @@ def test_the_callers_functions_have_all_of_torchs_threads(threads):
 
 @pytest.mark.parametrize("divide_products", [False, True])
 def test_products_are_one_piece_or_many_that_workers_take(threads, divide_products, monkeypatch):
-    monkeypatch.setattr(workers, "_SMALLEST_PIECE", 3)
+    monkeypatch.setattr(workers, "_PIECE_COLUMNS", (3, 30))
     seen, taken = set(), []
 
     def work(worker: int) -> None:
@@ -232,7 +232,7 @@ def test_products_are_one_piece_or_many_that_workers_take(threads, divide_produc
         taken.extend(pieces)
 
     with Workers(threads, divide_products=divide_products) as pool:
-        pieces = pool.pieces(101)
+        pieces = Shared(pool.pieces(101))
         pool.multiply(work)
     divided = divide_products and threads > 1
     assert seen == set(range(threads if divided else 1))
