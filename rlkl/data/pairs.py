@@ -42,10 +42,11 @@ def load_pairs(source: str | Path, references: str | Path | None = None) -> Data
     Raises:
         FileNotFoundError: a file that is not there.
         ValueError: no rows, a broken file, columns of another kind, a prompt or text that is
-            missing, plain texts beside prompts, chat messages in place of a text.
+            missing, plain texts beside prompts, chat messages in place of a text; with
+            `references`, a question or an answer without ``question_id``.
     """
     rows = _read(source)
-    answers = {} if references is None else {str(r["question_id"]): r for r in _read(references)}
+    answers = None if references is None else _references(references)
     pairs: list[dict[str, str]] = []
     for number, row in enumerate(rows):
         try:
@@ -72,7 +73,34 @@ def _read(source: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _pair(row: dict[str, Any], answers: dict[str, Any]) -> dict[str, str]:
+def _references(source: str | Path) -> dict[str, Any]:
+    """Answers, by the id of their question."""
+    answers: dict[str, Any] = {}
+    for number, row in enumerate(_read(source)):
+        try:
+            if "choices" not in row and "text" not in row:
+                raise ValueError(
+                    f"the columns are {sorted(row)}; a reference needs question_id, and choices "
+                    "or text: rename a column"
+                )
+            choices = row.get("choices")
+            answer = _first(_first_object(row, "choices"), "turns") if choices else row.get("text")
+            answers[_question(row)] = answer
+        except ValueError as error:
+            raise ValueError(f"{source}, row {number}: {error}") from error
+    return answers
+
+
+def _question(row: dict[str, Any]) -> str:
+    if row.get("question_id") in (None, ""):
+        raise ValueError(
+            f"question_id is missing, by which questions find their references; the columns are "
+            f"{sorted(row)}"
+        )
+    return str(row["question_id"])
+
+
+def _pair(row: dict[str, Any], answers: dict[str, Any] | None) -> dict[str, str]:
     answer = _value(row, *_ANSWERS)
     named = [kind for kind in _KINDS if kind in row]
     filled = [kind for kind in named if row[kind] not in (None, "")]
@@ -80,15 +108,13 @@ def _pair(row: dict[str, Any], answers: dict[str, Any]) -> dict[str, str]:
     if kind == "prompt":
         return {"prompt": _text(row, "prompt"), "completion": _answer(answer)}
     if kind == "instances":
-        first = _first(row, "instances")
+        first = _first_object(row, "instances")
         given, answer = _value(first, "input"), _value(first, "output")
         return _instruction(_text(row, "instruction"), given, answer)
     if kind == "instruction":
         return _instruction(_text(row, "instruction"), _value(row, "input", "context"), answer)
     if kind == "turns":
-        reference = answers.get(str(row.get("question_id")), {})
-        choices = reference.get("choices")
-        answer = _first(choices[0], "turns") if choices else reference.get("text")
+        answer = None if answers is None else answers.get(_question(row))
         return _instruction(_first(row, "turns"), None, answer)
     if kind == "text":
         return {"text": _text(row, "text")}
@@ -122,9 +148,22 @@ def _written(value: Any, name: str) -> str:
 
 
 def _first(row: dict[str, Any], column: str) -> Any:
+    if column not in row:
+        raise ValueError(f"{column} is missing; the columns are {sorted(row)}")
     if not row[column]:
         raise ValueError(f"{column} is empty")
+    if not isinstance(row[column], list):
+        raise ValueError(
+            f"{column} is no list but {row[column]!r:.60}: a JSON file can hold one, a CSV file not"
+        )
     return row[column][0]
+
+
+def _first_object(row: dict[str, Any], column: str) -> dict[str, Any]:
+    first = _first(row, column)
+    if not isinstance(first, dict):
+        raise ValueError(f"{column} holds no objects but {first!r:.60}")
+    return first
 
 
 def _instruction(instruction: str, given: Any, answer: Any) -> dict[str, str]:
