@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, Value, load_dataset
 
 from rlkl.data.prompts import check_text
 from rlkl.data.rows import read_rows
@@ -18,6 +18,7 @@ INSTRUCTION_TEMPLATE = (
 
 _KINDS = ("prompt", "instances", "instruction", "turns", "text")
 _ANSWERS = ("completion", "response", "output")
+_TEXTS = ("prompt", "instruction", "text", "input", "context", *_ANSWERS)
 
 
 def load_pairs(source: str | Path, references: str | Path | None = None) -> Dataset:
@@ -30,8 +31,8 @@ def load_pairs(source: str | Path, references: str | Path | None = None) -> Data
     questions may stand in one source. Columns that are empty or null are not there.
 
     Instructions and questions go through `INSTRUCTION_TEMPLATE`. A prompt without an answer has the
-    completion "". A file's numbers, dates and words like ``NA`` are taken as they are written; hub
-    data sets have the types that they were given there.
+    completion "". A file's numbers, dates and words like ``NA`` are taken as they are written,
+    those of a hub data set's CSV files too; Parquet has the types that it was given.
 
     Args:
         source: a ``.jsonl``, ``.jsonl.xz``, ``.json`` or ``.csv`` file, or a hub id (``id:split``).
@@ -43,7 +44,8 @@ def load_pairs(source: str | Path, references: str | Path | None = None) -> Data
         FileNotFoundError: a file that is not there.
         ValueError: no rows, a broken file, columns of another kind, a prompt or text that is
             missing, plain texts beside prompts, chat messages in place of a text; with
-            `references`, a question or an answer without ``question_id``.
+            `references`, a question or an answer without ``question_id``; a hub data set of JSON
+            files whose texts are numbers or dates.
     """
     rows = _read(source)
     answers = None if references is None else _references(references)
@@ -65,12 +67,29 @@ def _read(source: str | Path) -> list[dict[str, Any]]:
             raise FileNotFoundError(f"no such file: {source}")
         rows = read_rows(path)
     else:
-        name, _, split = str(source).partition(":")
-        data = load_dataset(name, split=split or "train")
-        rows = cast(list[dict[str, Any]], list(data))
+        rows = _hub_rows(str(source))
     if not rows:
         raise ValueError(f"{source} has no rows")
     return rows
+
+
+def _hub_rows(source: str) -> list[dict[str, Any]]:
+    """Rows of a data set of the hub, without what `datasets` guesses of CSV and JSON files there."""
+    name, _, named = source.partition(":")
+    split = named or "train"
+    data = cast(Dataset, load_dataset(name, split=split))
+    if data.info.builder_name == "csv":  # 02139 is read as 2139, NA as null
+        text = Features(dict.fromkeys(data.column_names, Value("string")))
+        data = load_dataset(name, split=split, features=text, keep_default_na=False)
+    if data.info.builder_name == "json":  # 2.50 is read as 2.5, a date with a time of day
+        for column, feature in cast(Dataset, data).features.items():
+            kind = feature.dtype if isinstance(feature, Value) else ""
+            if column in _TEXTS and kind.startswith(("float", "timestamp")):
+                raise ValueError(
+                    f"{source} has JSON files, of whose column {column} datasets makes {kind}: "
+                    "download them and give a file by its path, which is taken as it is written"
+                )
+    return cast(list[dict[str, Any]], list(data))
 
 
 def _references(source: str | Path) -> dict[str, Any]:

@@ -209,6 +209,36 @@ def test_broken_files_are_named(name, content, message, tmp_path):
         load_pairs(tmp_path / name)
 
 
+def test_csv_files_of_a_data_set_are_taken_as_they_are_written(tmp_path):
+    """`load_dataset` takes a folder where it takes a hub id."""
+    answers = ["02139", "2.50", "1e3", "2020-01-01", "None", "NA", "null", "nan", "true"]
+    (tmp_path / "test.csv").write_text(
+        "prompt;id;completion\n" + "".join(f"Q;;{answer}\n" for answer in [*answers, ""])
+    )
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- {config_name: default, data_files: [{split: test, path: test.csv}], "
+        'sep: ";"}\n---\n'
+    )
+    assert load_pairs(f"{tmp_path}:test")["completion"] == [*answers, ""]
+
+
+@pytest.mark.parametrize(
+    ("answers", "kind"), [("2.50 1e3", "float64"), ('"2020-01-01"', r"timestamp\[s\]")]
+)
+def test_json_files_of_a_data_set_whose_texts_would_be_changed_are_refused(answers, kind, tmp_path):
+    lines = [f'{{"prompt": "Q", "completion": {answer}}}\n' for answer in answers.split()]
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+    with pytest.raises(ValueError, match=f"column completion datasets makes {kind}: download"):
+        load_pairs(tmp_path)
+    assert load_pairs(tmp_path / "train.jsonl")["completion"][0] == answers.split()[0].strip('"')
+
+
+def test_json_files_of_a_data_set_may_hold_whole_numbers_and_other_columns(tmp_path):
+    rows = ({"prompt": "Q", "output": 0, "score": 2.5}, {"prompt": "Q", "output": None})
+    write(tmp_path / "train.jsonl", *rows)
+    assert load_pairs(tmp_path)["completion"] == ["0", ""]
+
+
 def test_typed_data_sets_keep_their_types_and_an_absent_column_is_null(monkeypatch):
     """Parquet on the hub has one schema: of a row's several columns some are null."""
     rows = [
