@@ -74,7 +74,7 @@ def _read(source: str | Path) -> list[dict[str, Any]]:
 
 
 def _hub_rows(source: str) -> list[dict[str, Any]]:
-    """Rows of a data set of the hub, without what `datasets` guesses of CSV and JSON files there."""
+    """Rows of a data set of the hub, without what `datasets` guesses of CSV and JSON files."""
     name, _, named = source.partition(":")
     split = named or "train"
     data = cast(Dataset, load_dataset(name, split=split))
