@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, Value, load_dataset
 
 from rlkl.data.prompts import check_text
 from rlkl.data.rows import read_rows
@@ -18,6 +18,7 @@ INSTRUCTION_TEMPLATE = (
 
 _KINDS = ("prompt", "instances", "instruction", "turns", "text")
 _ANSWERS = ("completion", "response", "output")
+_TEXTS = ("prompt", "instruction", "text", "input", "context", *_ANSWERS)
 
 
 def load_pairs(source: str | Path, references: str | Path | None = None) -> Dataset:
@@ -30,8 +31,8 @@ def load_pairs(source: str | Path, references: str | Path | None = None) -> Data
     questions may stand in one source. Columns that are empty or null are not there.
 
     Instructions and questions go through `INSTRUCTION_TEMPLATE`. A prompt without an answer has the
-    completion "". A file's numbers, dates and words like ``NA`` are taken as they are written; hub
-    data sets have the types that they were given there.
+    completion "". A file's numbers, dates and words like ``NA`` are taken as they are written,
+    those of a hub data set's CSV files too; Parquet has the types that it was given.
 
     Args:
         source: a ``.jsonl``, ``.jsonl.xz``, ``.json`` or ``.csv`` file, or a hub id (``id:split``).
@@ -42,10 +43,12 @@ def load_pairs(source: str | Path, references: str | Path | None = None) -> Data
     Raises:
         FileNotFoundError: a file that is not there.
         ValueError: no rows, a broken file, columns of another kind, a prompt or text that is
-            missing, plain texts beside prompts, chat messages in place of a text.
+            missing, plain texts beside prompts, chat messages in place of a text; with
+            `references`, a question or an answer without ``question_id``; a hub data set of JSON
+            files whose texts are numbers or dates.
     """
     rows = _read(source)
-    answers = {} if references is None else {str(r["question_id"]): r for r in _read(references)}
+    answers = None if references is None else _references(references)
     pairs: list[dict[str, str]] = []
     for number, row in enumerate(rows):
         try:
@@ -64,15 +67,59 @@ def _read(source: str | Path) -> list[dict[str, Any]]:
             raise FileNotFoundError(f"no such file: {source}")
         rows = read_rows(path)
     else:
-        name, _, split = str(source).partition(":")
-        data = load_dataset(name, split=split or "train")
-        rows = cast(list[dict[str, Any]], list(data))
+        rows = _hub_rows(str(source))
     if not rows:
         raise ValueError(f"{source} has no rows")
     return rows
 
 
-def _pair(row: dict[str, Any], answers: dict[str, Any]) -> dict[str, str]:
+def _hub_rows(source: str) -> list[dict[str, Any]]:
+    """Rows of a data set of the hub, without what `datasets` guesses of CSV and JSON files."""
+    name, _, named = source.partition(":")
+    split = named or "train"
+    data = cast(Dataset, load_dataset(name, split=split))
+    if data.info.builder_name == "csv":  # 02139 is read as 2139, NA as null
+        text = Features(dict.fromkeys(data.column_names, Value("string")))
+        data = load_dataset(name, split=split, features=text, keep_default_na=False)
+    if data.info.builder_name == "json":  # 2.50 is read as 2.5, a date with a time of day
+        for column, feature in cast(Dataset, data).features.items():
+            kind = feature.dtype if isinstance(feature, Value) else ""
+            if column in _TEXTS and kind.startswith(("float", "timestamp")):
+                raise ValueError(
+                    f"{source} has JSON files, of whose column {column} datasets makes {kind}: "
+                    "download them and give a file by its path, which is taken as it is written"
+                )
+    return cast(list[dict[str, Any]], list(data))
+
+
+def _references(source: str | Path) -> dict[str, Any]:
+    """Answers, by the id of their question."""
+    answers: dict[str, Any] = {}
+    for number, row in enumerate(_read(source)):
+        try:
+            if "choices" not in row and "text" not in row:
+                raise ValueError(
+                    f"the columns are {sorted(row)}; a reference needs question_id, and choices "
+                    "or text: rename a column"
+                )
+            choices = row.get("choices")
+            answer = _first(_first_object(row, "choices"), "turns") if choices else row.get("text")
+            answers[_question(row)] = answer
+        except ValueError as error:
+            raise ValueError(f"{source}, row {number}: {error}") from error
+    return answers
+
+
+def _question(row: dict[str, Any]) -> str:
+    if row.get("question_id") in (None, ""):
+        raise ValueError(
+            f"question_id is missing, by which questions find their references; the columns are "
+            f"{sorted(row)}"
+        )
+    return str(row["question_id"])
+
+
+def _pair(row: dict[str, Any], answers: dict[str, Any] | None) -> dict[str, str]:
     answer = _value(row, *_ANSWERS)
     named = [kind for kind in _KINDS if kind in row]
     filled = [kind for kind in named if row[kind] not in (None, "")]
@@ -80,15 +127,13 @@ def _pair(row: dict[str, Any], answers: dict[str, Any]) -> dict[str, str]:
     if kind == "prompt":
         return {"prompt": _text(row, "prompt"), "completion": _answer(answer)}
     if kind == "instances":
-        first = _first(row, "instances")
+        first = _first_object(row, "instances")
         given, answer = _value(first, "input"), _value(first, "output")
         return _instruction(_text(row, "instruction"), given, answer)
     if kind == "instruction":
         return _instruction(_text(row, "instruction"), _value(row, "input", "context"), answer)
     if kind == "turns":
-        reference = answers.get(str(row.get("question_id")), {})
-        choices = reference.get("choices")
-        answer = _first(choices[0], "turns") if choices else reference.get("text")
+        answer = None if answers is None else answers.get(_question(row))
         return _instruction(_first(row, "turns"), None, answer)
     if kind == "text":
         return {"text": _text(row, "text")}
@@ -122,9 +167,22 @@ def _written(value: Any, name: str) -> str:
 
 
 def _first(row: dict[str, Any], column: str) -> Any:
+    if column not in row:
+        raise ValueError(f"{column} is missing; the columns are {sorted(row)}")
     if not row[column]:
         raise ValueError(f"{column} is empty")
+    if not isinstance(row[column], list):
+        raise ValueError(
+            f"{column} is no list but {row[column]!r:.60}: a JSON file can hold one, a CSV file not"
+        )
     return row[column][0]
+
+
+def _first_object(row: dict[str, Any], column: str) -> dict[str, Any]:
+    first = _first(row, column)
+    if not isinstance(first, dict):
+        raise ValueError(f"{column} holds no objects but {first!r:.60}")
+    return first
 
 
 def _instruction(instruction: str, given: Any, answer: Any) -> dict[str, str]:

@@ -7,6 +7,8 @@ from typing import cast
 
 from datasets import Dataset, load_dataset
 
+from rlkl.data.prompts import check_text
+
 _BREAKS = re.compile(r"\s*(?:<br\s*/?>\s*)+")
 _SPACES = re.compile(r"[ \t\r\n\f\v]+")
 
@@ -31,7 +33,8 @@ def load_reviews(source: str, split: str = "train") -> Dataset:
 
     Raises:
         FileNotFoundError: `source` looks like a file and is not there.
-        ValueError: the data has no ``text`` column or no rows.
+        ValueError: the data has no ``text`` column or no rows, or a text that is null, a number or
+            a date.
     """
     suffixes = Path(source).suffixes
     if ".jsonl" in suffixes or ".json" in suffixes or ".csv" in suffixes:
@@ -47,4 +50,6 @@ def load_reviews(source: str, split: str = "train") -> Dataset:
         raise ValueError(f"{source} has the columns {data.column_names}; a 'text' column is needed")
     if len(data) == 0:
         raise ValueError(f"{source} has no rows")
+    for number, text in enumerate(data["text"]):
+        check_text(text, f"{source}: the text of row {number}")
     return data.map(lambda row: {"text": clean_text(row["text"])})

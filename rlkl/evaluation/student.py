@@ -11,6 +11,7 @@ from rlkl.evaluation.eval_mode import eval_mode
 from rlkl.evaluation.judge import Judge
 from rlkl.evaluation.text import distinct_n, rouge_l, self_bleu
 from rlkl.kl.adaptive import HeadRule
+from rlkl.models import check_apart
 from rlkl.rollout import (
     DivergenceRecord,
     Responses,
@@ -78,7 +79,13 @@ def evaluate_student(
         on_batch: called with the number of responses done, for a progress bar: each prompt counts
             once when sampled, once when the sample is measured, once for its completion if it has
             one, once for the judge's verdict if there is a judge.
+
+    Raises:
+        ValueError: a teacher that is the student in another wrapper: they share an adapter, or
+            weights that are trained. (The student itself is allowed: its KL from itself is 0.)
     """
+    if teacher is not student:
+        check_apart(student, teacher, "teacher", "load it a second time")
     with eval_mode(student, teacher):
         answered = [i for i, completion in enumerate(completions) if completion.strip()]
         samples = sample_responses(

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 
@@ -34,8 +35,9 @@ def check_reference(policy: nn.Module, ref_model: nn.Module | None) -> None:
     policy again, and every KL 0.
 
     Raises:
-        ValueError: no `ref_model` and no adapter to switch off, or one whose base is trained too;
-            a `ref_model` with the policy's adapter in it. (The policy itself is allowed: its KL
+        ValueError: no `ref_model` and no adapter to switch off, or one whose base is trained too
+            (its biases by the adapter's config, weights whose ``requires_grad`` is True); a
+            `ref_model` with the policy's adapter in it. (The policy itself is allowed: its KL
             from itself is 0.)
     """
     if ref_model is None and not isinstance(policy, PeftModel):
@@ -46,13 +48,45 @@ def check_reference(policy: nn.Module, ref_model: nn.Module | None) -> None:
             "their KL is 0: pass None, which is the policy with its adapter off, or load the "
             "reference a second time"
         )
-    adapters = policy.peft_config if ref_model is None and isinstance(policy, PeftModel) else {}
-    if any(trains_base(adapter) for adapter in adapters.values()):
+    if ref_model is not None or not isinstance(policy, PeftModel):
+        return
+    if any(trains_base(adapter) for adapter in policy.peft_config.values()):
         raise ValueError(
             "the policy's adapter trains biases of the base model itself (its config says "
             "bias='all' or 'lora_only'): they stay on when it is off, which is then not the "
             "reference: use bias='none', or pass a ref_model that is loaded a second time"
         )
+    trained = _trained_base(policy)
+    if trained:
+        more = f" and {len(trained) - 1} more" if trained[1:] else ""
+        raise ValueError(
+            "weights of the policy's base model are trained beside its adapter (requires_grad of "
+            f"{trained[0]}{more}): they stay on when it is off, which is then not the reference: "
+            "freeze them before training, or pass a ref_model that is loaded a second time"
+        )
+
+
+def _trained_base(policy: PeftModel) -> list[str]:
+    """Names of the trained weights that are not the adapter's."""
+    if not isinstance(policy.base_model, BaseTuner):
+        return []  # adaption prompts, which cannot be told from the base
+    base = {id(weight) for weight in _base_weights(policy)}
+    return [name for name, p in policy.named_parameters() if p.requires_grad and id(p) in base]
+
+
+def _base_weights(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The weights that an adapter has not brought: those that are left when it is off."""
+    if isinstance(module, BaseTuner):
+        below = [module.model]
+    elif isinstance(module, BaseTunerLayer):
+        below = [module.get_base_layer()]
+    elif isinstance(module, AuxiliaryTrainingWrapper):  # of modules_to_save, of single tokens
+        below = [module.original_module]
+    else:
+        yield from module.parameters(recurse=False)
+        below = list(module.children())
+    for each in below:
+        yield from _base_weights(each)
 
 
 def trains_base(adapter: PeftConfig) -> bool:

@@ -66,9 +66,7 @@ def frontier(result: SweepResult, measure: Measure = "reward", resamples: int = 
     points = result.points
     values = np.array([[p.kl, _value(p, measure)] for p in points])
     replicas = _replicas(points, values)
-    floor = float(values[:, 1].min())
-    if result.reference is not None:
-        floor = float(result.reference[measure])
+    floor = float((result.reference or {}).get(measure, values[:, 1].min()))
     reference_point = (float(values[:, 0].max()), floor)
     kls = np.unique(np.append(0.0, values[:, 0]))
     kls = kls[np.linspace(0, len(kls) - 1, min(len(kls), LEVELS)).round().astype(int)]
@@ -176,7 +174,7 @@ def efficiencies(result: SweepResult) -> list[Efficiency | None]:
     if result.reference is None:
         return [None] * len(result.points)
     start = result.reference["reward"]
-    trusted = [point for point in result.reference["optimal"] if point["trusted"]]
+    trusted = [point for point in result.curve("optimal") if point["trusted"]]
     kls = np.array([0.0, *(point["kl"] for point in trusted)])
     gains = np.array([0.0, *(point["reward"] - start for point in trusted)])
     found: list[Efficiency | None] = []

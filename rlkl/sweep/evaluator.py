@@ -4,7 +4,8 @@
 
 It reads the ``cell.json`` and ``settings.yaml`` of a cell and writes ``points.json``: {"points":
 one record a policy measured (the run's end, last; its checkpoints before, where they are kept),
-"samples": texts, "versions": {...}}; for the reference {"reference": {...}} beside no points. A
+"samples": texts, "versions": {...}}; for the reference {"reference": {...}} beside no points, with
+its reward and, where they are measured, judge, optimal and best_of_n (see `Evaluator.reference`). A
 point's keys: step, kl, kl_se (exact token KL, nats per response), kl_k1, kl_k1_se (sampled, on the
 same responses), reward, reward_se, judge, judge_se, length, truncated, prompts (how many there
 were); every ``_se`` is clustered by prompt.

@@ -84,7 +84,7 @@ def frontier_json(analysis: Analysis) -> dict[str, Any]:
 
 
 def _measure(analysis: Analysis, front: Frontier) -> dict[str, Any]:
-    reference = analysis.result.reference or {}
+    result = analysis.result
     return {
         "share_on_front": {arm: e.as_json() for arm, e in front.share_on_front.items()},
         "hypervolume": {arm: e.as_json() for arm, e in front.hypervolume.items()},
@@ -95,12 +95,10 @@ def _measure(analysis: Analysis, front: Frontier) -> dict[str, Any]:
         "attainment": {arm: [list(c) for c in s] for arm, s in front.surfaces.items()},
         "comparisons": [_comparison(c) for c in front.comparisons],
         "optimal": [
-            [p["kl"], score(p, front.measure)[0], p["trusted"]]
-            for p in reference.get("optimal", [])
+            [p["kl"], score(p, front.measure)[0], p["trusted"]] for p in result.curve("optimal")
         ],
         "best_of_n": [
-            [p["n"], p["kl_bound"], score(p, front.measure)[0]]
-            for p in reference.get("best_of_n", [])
+            [p["n"], p["kl_bound"], score(p, front.measure)[0]] for p in result.curve("best_of_n")
         ],
     }
 

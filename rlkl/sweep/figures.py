@@ -117,20 +117,18 @@ def _hover(analysis: Analysis, index: int) -> str:
 
 
 def _reference_traces(figure: go.Figure, analysis: Analysis, measure: str) -> None:
-    reference = analysis.result.reference
-    if reference is None:
-        return
-    start = reference[measure]
+    result = analysis.result
     for trusted, dash, name in (
         (True, "solid", "optimum (tilted reference)"),
         (False, "dot", "optimum, too few samples"),
     ):
-        curve = [p for p in reference["optimal"] if p["trusted"] == trusted]
+        curve = [p for p in result.curve("optimal") if p["trusted"] == trusted]
         if not curve:
             continue
         kls = [p["kl"] for p in curve]
         means, errors = np.array([score(p, measure) for p in curve]).T
-        if trusted:
+        if trusted and result.reference is not None:
+            start = result.reference[measure]
             kls, means, errors = [0.0, *kls], np.append(start, means), np.append(errors[0], errors)
             band = np.append(means + Z * errors, (means - Z * errors)[::-1])
             figure.add_scatter(
@@ -150,7 +148,9 @@ def _reference_traces(figure: go.Figure, analysis: Analysis, measure: str) -> No
             line={"color": _GREY, "width": 2, "dash": dash},
             hovertemplate="optimum: %{y:.2f} at %{x:.2f} nats<extra></extra>",
         )
-    best = reference["best_of_n"]
+    best = result.curve("best_of_n")
+    if not best:
+        return
     means, errors = np.array([score(p, measure) for p in best]).T
     figure.add_scatter(
         x=[p["kl_bound"] for p in best],
@@ -248,26 +248,27 @@ def still_figure(analysis: Analysis) -> Figure:
 
 
 def _draw(axis: Axes, analysis: Analysis, front: Frontier) -> None:
-    reference = analysis.result.reference
-    if reference is not None:
-        curve = [p for p in reference["optimal"] if p["trusted"]]
+    result = analysis.result
+    if result.reference is not None:
+        curve = [p for p in result.curve("optimal") if p["trusted"]]
         if curve:  # with few samples of the reference no point of the optimum is known
             kls = np.array([0.0, *(p["kl"] for p in curve)])
             means, errors = np.array([score(p, front.measure) for p in curve]).T
-            means, errors = np.append(reference[front.measure], means), np.append(errors[0], errors)
+            means = np.append(result.reference[front.measure], means)
+            errors = np.append(errors[0], errors)
             axis.plot(kls, means, color=_GREY, label="optimum")
             axis.fill_between(
                 kls, means - Z * errors, means + Z * errors, color=_GREY, alpha=0.15, lw=0
             )
-        best = reference["best_of_n"]
-        axis.plot(
-            [p["kl_bound"] for p in best],
-            [score(p, front.measure)[0] for p in best],
-            color=_GREY,
-            linestyle="--",
-            marker="|",
-            label="best of n (at most this KL)",
-        )
+        if best := result.curve("best_of_n"):
+            axis.plot(
+                [p["kl_bound"] for p in best],
+                [score(p, front.measure)[0] for p in best],
+                color=_GREY,
+                linestyle="--",
+                marker="|",
+                label="best of n (at most this KL)",
+            )
     kls, scores = front_corners(analysis, front)
     axis.step(kls, scores, where="post", color=_DARK, linewidth=1, label="Pareto front")
     many = len(analysis.result.points) > 200

@@ -60,7 +60,7 @@ def findings(analysis: Analysis) -> list[dict[str, Any]]:
     lost = sum(e.lower_bound for e, _ in ends)
     if reached:
         share, point = max(reached, key=lambda pair: pair[0])
-        known = max(p["kl"] for p in (result.reference or {})["optimal"] if p["trusted"])
+        known = max(p["kl"] for p in result.curve("optimal") if p["trusted"])
         say(
             f"Where the optimum is known, up to {known:.2f} nats, the best of {len(reached)} runs "
             f"reaches {share:.0%} of the gain that is possible at its KL ({point.label}, seed "

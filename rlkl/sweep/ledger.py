@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from sqlalchemy import exc
 from sqlalchemy.schema import CreateTable
 
-from rlkl.sweep.spec import Configuration, SweepSpec
+from rlkl.sweep.spec import EVALUATED_FIELDS, Configuration, SweepSpec
 
 METADATA = sa.MetaData()
 SWEEPS = sa.Table(
@@ -413,6 +413,9 @@ def open_ledger(url: str, spec: SweepSpec, identity: str) -> Ledger:
 
 def _same_sweep(stored: SweepSpec, given: SweepSpec, url: str) -> None:
     before, now = json.loads(stored.to_json()), json.loads(given.to_json())
+    for name in EVALUATED_FIELDS:  # what a sweep stored later than it began was null
+        if name in now["settings"]:
+            before["settings"].setdefault(name, None)
     # What `config` says stands in the settings; minutes_per_cell is but a guess.
     for name in before:
         if name not in ("config", "minutes_per_cell") and before[name] != now[name]:

@@ -57,7 +57,8 @@ class SweepResult:
     name: str
     points: list[Point]
     reference: dict[str, Any] | None
-    """Reward and judge of the reference, ``optimal`` and ``best_of_n``: see the evaluator."""
+    """Reward of the reference; its judge, ``optimal`` and ``best_of_n`` where the evaluator gives
+    them."""
     samples: dict[str, list[dict[str, Any]]]
     """Texts by run."""
     failed: dict[str, str]
@@ -66,6 +67,11 @@ class SweepResult:
     versions: dict[str, str]
 
     def __post_init__(self) -> None:
+        if not self.points:
+            raise ValueError(
+                f"the records of {self.name} hold no points: none of its runs was done. Go on with "
+                "it by `rlkl sweep run SPEC`, and report it again"
+            )
         ends = Counter(point.run_id for point in self.ends)
         runs: dict[tuple[int, int], str] = {}
         for point in self.points:
@@ -92,6 +98,10 @@ class SweepResult:
     def ends(self) -> list[Point]:
         """The points at the ends of the runs."""
         return [point for point in self.points if point.last]
+
+    def curve(self, name: str) -> list[dict[str, Any]]:
+        """Points of the reference's ``optimal`` or ``best_of_n``; none where it has no such."""
+        return (self.reference or {}).get(name, [])
 
     @property
     def missing(self) -> list[MissingCell]:
@@ -137,7 +147,7 @@ class SweepResult:
         """What `save` wrote.
 
         Raises:
-            ValueError: the file is not one of ours, or counts a run twice.
+            ValueError: the file is not one of ours, counts a run twice, or holds no points.
         """
         text = Path(path).read_text(encoding="utf-8")
         # Not splitlines: a text may hold U+0085 or U+2028 as they are, which end a line for it.
@@ -162,6 +172,8 @@ def check_record(record: Any, reference: bool) -> None:
     name = "reference" if reference else "points"
     if not isinstance(record, dict) or not record.get(name):
         raise ValueError(f"the evaluator wrote no {name}")
+    if reference and not isinstance(record[name].get("reward"), int | float):
+        raise ValueError("reference has no number reward")
     for number, point in enumerate(record["points"]):
         missing = [key for key in _NEEDED if not isinstance(point.get(key), int | float)]
         if missing:
@@ -212,7 +224,10 @@ def collect(ledger: Ledger) -> SweepResult:
                 )
             )
     if not points:
-        raise ValueError(f"no cell of {ledger.name} is done yet: nothing to report")
+        raise ValueError(
+            f"no cell of {ledger.name} is done yet: nothing to report. `rlkl sweep status` says "
+            "how they are, `rlkl sweep run` goes on with them"
+        )
     failed = {cell.key: cell.error or "" for cell in cells if cell.state == "failed"}
     spec = json.loads(ledger.spec.to_json())
     for name in ("recipe", "config"):  # where they lie on this machine says nothing to others

@@ -112,17 +112,18 @@ def _caption(analysis: Analysis) -> str:
         "numbers; KL exact per token; error bars are 1.96 standard errors, clustered by prompt. "
         "Click a point for its texts."
     )
-    if reference is None:
-        return text
-    drop = reference.get("half_sample_drop")  # None: nothing is trusted; older records have none
-    fewer = "" if drop is None else f"; from half of them it is lower by up to {drop:.2g} there"
-    return text + (
-        f" Optimum: the reference tilted by exp(reward/β), from {reference['samples']} samples for "
-        f"each of the same prompts, which carry it up to {reference['trusted_kl']:.2f} nats (at "
-        f"least 16 effective samples){fewer}; the band is the error over prompts. Up to the "
-        "errors, no policy has more reward at the same KL. Best of n is drawn at the upper bound "
-        "of its KL."
-    )
+    if reference is not None and result.curve("optimal"):
+        drop = reference.get("half_sample_drop")  # None: nothing is trusted, or an older record
+        fewer = "" if drop is None else f"; from half of them it is lower by up to {drop:.2g} there"
+        text += (
+            f" Optimum: the reference tilted by exp(reward/β), from {reference['samples']} samples "
+            "for each of the same prompts, which carry it up to "
+            f"{reference['trusted_kl']:.2f} nats (at least 16 effective samples){fewer}; the band "
+            "is the error over prompts. Up to the errors, no policy has more reward at the same KL."
+        )
+    if result.curve("best_of_n"):
+        text += " Best of n is drawn at the upper bound of its KL."
+    return text
 
 
 def _arm_rows(analysis: Analysis) -> list[dict[str, Any]]:

@@ -58,6 +58,39 @@ def test_vicuna_questions_take_their_reference_by_id_and_none_is_an_empty_comple
     assert load_pairs(questions, plain)["completion"] == ["Because.", ""]
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"id": 1, "text": "So."}, r"question_id is missing.*columns are \['id', 'text'\]"),
+        ({"question_id": None, "text": "So."}, "question_id is missing"),
+        ({"question_id": 1, "answer": "So."}, "needs question_id, and choices or text: rename"),
+        ({"question_id": 1, "choices": [{"text": "So."}]}, r"turns is missing.* \['text'\]"),
+        ({"question_id": 1, "choices": ["So."]}, "choices holds no objects but 'So.'"),
+        ({"question_id": 1, "choices": "So."}, "choices is no list but 'So.': a JSON file can"),
+    ],
+)
+def test_references_that_cannot_be_joined_are_named(row, message, tmp_path):
+    questions = write(tmp_path / "question.jsonl", {"question_id": 1, "turns": ["Why?"]})
+    references = write(tmp_path / "reference.jsonl", {"question_id": 2, "text": "Fine."}, row)
+    with pytest.raises(ValueError, match=rf"reference\.jsonl, row 1: .*{message}"):
+        load_pairs(questions, references)
+
+
+def test_a_question_without_id_is_named_where_references_are_to_be_joined(tmp_path):
+    questions = write(tmp_path / "question.jsonl", {"turns": ["Why?"]})
+    assert load_pairs(questions)["completion"] == [""]
+    references = write(tmp_path / "reference.jsonl", {"question_id": 1, "text": "So."})
+    with pytest.raises(ValueError, match=r"question\.jsonl, row 0: question_id is missing"):
+        load_pairs(questions, references)
+
+
+def test_a_reference_that_is_empty_is_none(tmp_path):
+    questions = write(tmp_path / "question.jsonl", {"question_id": 1, "turns": ["Why?"]})
+    for answer in ({"text": None}, {"choices": []}, {"choices": [], "text": ""}):
+        references = write(tmp_path / "reference.jsonl", {"question_id": 1} | answer)
+        assert load_pairs(questions, references)["completion"] == [""]
+
+
 def test_plain_texts_stay_texts(tmp_path):
     assert load_pairs(write(tmp_path / "a.jsonl", {"text": "T"})).to_list() == [{"text": "T"}]
 
@@ -85,7 +118,9 @@ def test_the_context_of_an_instruction_is_its_input(tmp_path):
         ('{"prompt": [{"role": "user", "content": "hi"}]}', "row 0: prompt is no text but .*chat"),
         ('{"prompt": "a", "completion": [{"role": "user"}]}', "row 0: the answer is no text but"),
         ('{"instruction": "a", "instances": []}', "row 0: instances is empty"),
+        ('{"instruction": "a", "instances": ["b"]}', "row 0: instances holds no objects but 'b'"),
         ('{"question_id": 1, "turns": []}', "row 0: turns is empty"),
+        ('{"question_id": 1, "turns": "Why?"}', "row 0: turns is no list but 'Why\\?': a JSON"),
         ('{"prompt": "a"}\n{"text": "b"}', "row 1: plain text and prompts are mixed"),
         ('{"prompt": null, "instruction": ""}', "row 0: prompt is missing"),
         ('["a", "b"]', "cannot be read as json: row 0 is no object but 'a'"),
@@ -172,6 +207,36 @@ def test_broken_files_are_named(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_pairs(tmp_path / name)
+
+
+def test_csv_files_of_a_data_set_are_taken_as_they_are_written(tmp_path):
+    """`load_dataset` takes a folder where it takes a hub id."""
+    answers = ["02139", "2.50", "1e3", "2020-01-01", "None", "NA", "null", "nan", "true"]
+    (tmp_path / "test.csv").write_text(
+        "prompt;id;completion\n" + "".join(f"Q;;{answer}\n" for answer in [*answers, ""])
+    )
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- {config_name: default, data_files: [{split: test, path: test.csv}], "
+        'sep: ";"}\n---\n'
+    )
+    assert load_pairs(f"{tmp_path}:test")["completion"] == [*answers, ""]
+
+
+@pytest.mark.parametrize(
+    ("answers", "kind"), [("2.50 1e3", "float64"), ('"2020-01-01"', r"timestamp\[s\]")]
+)
+def test_json_files_of_a_data_set_whose_texts_would_be_changed_are_refused(answers, kind, tmp_path):
+    lines = [f'{{"prompt": "Q", "completion": {answer}}}\n' for answer in answers.split()]
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+    with pytest.raises(ValueError, match=f"column completion datasets makes {kind}: download"):
+        load_pairs(tmp_path)
+    assert load_pairs(tmp_path / "train.jsonl")["completion"][0] == answers.split()[0].strip('"')
+
+
+def test_json_files_of_a_data_set_may_hold_whole_numbers_and_other_columns(tmp_path):
+    rows = ({"prompt": "Q", "output": 0, "score": 2.5}, {"prompt": "Q", "output": None})
+    write(tmp_path / "train.jsonl", *rows)
+    assert load_pairs(tmp_path)["completion"] == ["0", ""]
 
 
 def test_typed_data_sets_keep_their_types_and_an_absent_column_is_null(monkeypatch):

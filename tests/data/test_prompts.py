@@ -95,6 +95,21 @@ def test_reviews_without_text_are_refused_and_missing_files_named(tmp_path):
         load_reviews(str(tmp_path / "none.jsonl"))
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('{"text": "Dull."}\n{"text": null}\n', "the text of row 1 is no text but None"),
+        ('{"text": 2.50}\n', "the text of row 0 is no text but 2.5"),
+        ('{"text": "2020-01-01"}\n', "the text of row 0 is no text but datetime"),
+    ],
+)
+def test_reviews_that_are_no_texts_are_refused(tmp_path, text, found):
+    path = tmp_path / "reviews.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"reviews.jsonl: {found}.*: leave such rows out"):
+        load_reviews(str(path))
+
+
 def test_cleaning_twice_changes_nothing():
     text = "  A<br>film.<BR/>\tGood "
     assert clean_text(clean_text(text)) == clean_text(text)

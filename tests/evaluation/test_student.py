@@ -1,9 +1,11 @@
 """A student on held-out prompts: what is measured on which texts, and with what."""
 
+import copy
 import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from rlkl.evaluation.judge import Judgement, Verdict
 from rlkl.evaluation.student import evaluate_student
@@ -71,6 +73,22 @@ def test_a_student_that_is_its_teacher_is_at_no_distance(models, tokenizer):
     teacher.train()  # its dropout would be a distance
     metrics = evaluate_student(student, teacher, tokenizer, PROMPTS, COMPLETIONS, 6).metrics
     assert metrics["held_out/divergence/fkl"] == metrics["own/divergence/rkl_per_response"] == 0
+
+
+@pytest.mark.parametrize("teacher", ["the base with the adapter in it", "its modules"])
+def test_a_teacher_that_is_the_student_by_another_name_is_refused(make_lm, tokenizer, teacher):
+    """Both KLs would be 0, whatever the student is."""
+    base = make_lm()
+    if teacher == "its modules":
+        student, other = base, copy.copy(base)
+    else:
+        lora = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
+        student, other = get_peft_model(base, lora).requires_grad_(False), base
+    for models in ((student, other), (other, student)):
+        with pytest.raises(ValueError, match=r"model and teacher share .* load it a second time"):
+            evaluate_student(*models, tokenizer, PROMPTS, COMPLETIONS, 6)
+    metrics = evaluate_student(student, student, tokenizer, PROMPTS, COMPLETIONS, 6).metrics
+    assert metrics["own/divergence/rkl_per_response"] == 0
 
 
 def test_the_expected_reverse_kl_on_own_samples_is_the_sequence_kl(models, tokenizer):

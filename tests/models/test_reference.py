@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import (
+    AdaptionPromptConfig,
+    IA3Config,
+    LoraConfig,
+    VBLoRAConfig,
+    get_peft_model,
+)
 
 from rlkl.models import (
     ModelPair,
@@ -78,6 +84,41 @@ def test_biases_of_the_base_that_an_adapter_has_trained_stay_on_when_it_is_off(l
     with pytest.raises(ValueError, match="stay on when it is off"):
         check_reference(policy, None)
     check_reference(policy, make_lm())
+
+
+@pytest.mark.parametrize("unfrozen", ["", "base_model.model.transformer.ln_f", "c_attn.base_layer"])
+def test_weights_of_the_base_that_are_trained_too_are_named(adapted, make_lm, unfrozen):
+    """They stay on when the adapter is off: the reference would move along in silence."""
+    for name, module in adapted.named_modules():
+        if name.endswith(unfrozen):
+            module.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"requires_grad of .*\.weight and \d+ more"):
+        check_reference(adapted, None)
+    check_reference(adapted, make_lm())
+    check_reference(adapted.requires_grad_(False), None)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, use_dora=True),
+        LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, modules_to_save=["ln_f", "wte"]),
+        LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, trainable_token_indices=[1]),
+        VBLoRAConfig(  # vectors that all layers share, and that stand in none
+            target_modules=["c_attn"], fan_in_fan_out=True, num_vectors=4, vector_length=8, topk=1
+        ),
+        IA3Config(target_modules=["c_attn"], feedforward_modules=[], fan_in_fan_out=True),
+        AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM"),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_what_an_adapter_brings_may_be_trained(lm, config):
+    policy = get_peft_model(lm, config)
+    assert any(p.requires_grad for p in policy.parameters())
+    check_reference(policy, None)
+    with reference_model(policy, None):  # switches adapters off and on
+        pass
+    check_reference(policy, None)
 
 
 @torch.no_grad()

@@ -79,6 +79,7 @@ def test_a_dry_run_of_a_search_says_what_is_searched(write_spec, tmp_path, monke
         (["work", "--storage", "sqlite:///empty.db", "--name", "x"], "holds no sweep 'x'"),
         (["retry"], "which sweep?"),
         (["report", "--records", "none.jsonl"], "cannot use 'none.jsonl': No such file"),
+        (["report", "--records", "head.jsonl"], "no points: none of its runs was done. Go on with"),
         (["report", "--records", str(RECORDS), "--out", "bad.yaml/report"], "bad.yaml"),
         (["wander"], "wander"),
     ],
@@ -89,6 +90,7 @@ def test_nonsense_is_one_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     write_spec(grid={"kl_coeff": [0.1]}).rename(tmp_path / "bad.yaml")
     Path("text.db").write_text("no database " * 200)
+    Path("head.jsonl").write_text(RECORDS.read_text().split("\n")[0])
     assert run(monkeypatch, *words) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

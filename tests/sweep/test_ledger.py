@@ -136,6 +136,18 @@ def test_a_sweep_does_not_go_on_as_another_one_in_silence(tmp_path, make_spec, n
         open_ledger(url, make_spec(**{name: other}), "identity")
 
 
+def test_a_sweep_begun_before_a_field_was_stored_goes_on_where_that_is_null(tmp_path, make_spec):
+    url, settings = f"sqlite:///{tmp_path}/sweep.db", {"max_steps": 4}
+    open_ledger(url, make_spec(settings=settings), "identity")
+    later = make_spec(settings=settings | {"max_prompt_length": None})
+    assert open_ledger(url, later, "identity").spec.settings == settings
+    for changed in ({"max_prompt_length": 64}, {"learning_rate": None}):
+        with pytest.raises(ValueError, match="other settings"):
+            open_ledger(url, make_spec(settings=settings | changed), "identity")
+    with pytest.raises(ValueError, match="other settings"):
+        open_ledger(url, make_spec(settings={}), "identity")
+
+
 def test_a_grids_configurations_are_trials_with_the_means_of_their_seeds(url, make_spec, request):
     ledger = open_ledger(url, make_spec(name=request.node.name), "identity")
     study = ConfigurationStudy(ledger)

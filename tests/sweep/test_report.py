@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from plotly.offline import get_plotlyjs
 
+from rlkl.sweep import figures
 from rlkl.sweep.analysis import Comparison
 from rlkl.sweep.export import analyse, frontier_json
 from rlkl.sweep.findings import findings
 from rlkl.sweep.frontier import Estimate
-from rlkl.sweep.records import SweepResult
+from rlkl.sweep.records import SweepResult, check_record
 from rlkl.sweep.report import FILES, page, write_report
 
 
@@ -252,6 +253,36 @@ def test_a_reference_of_few_samples_has_no_known_optimum_and_is_reported(make_re
         point["trusted"] = False
     write_report(result, tmp_path)
     assert (tmp_path / "frontier.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "unsaid"),
+    [
+        ({"best_of_n": []}, "Optimum: the reference tilted", "Best of n is"),
+        ({"optimal": []}, "Best of n is", "Optimum: the reference tilted"),
+        (None, "Every run is measured", "Optimum: the reference tilted"),
+    ],
+)
+def test_a_reference_without_a_curve_is_reported_without_it(
+    make_result, tmp_path, changes, said, unsaid
+):
+    """An evaluator of one's own need not measure the optimum, nor best of n."""
+    result = make_result(configurations=2)
+    reference = {"reward": 0.5} if changes is None else result.reference | changes
+    analysis = write_report(replace(result, reference=reference), tmp_path)
+    page = (tmp_path / "index.html").read_text()
+    assert said in page
+    assert unsaid not in page
+    assert analysis.reward.reference_point[1] == reference["reward"]
+    labels = figures.still_figure(analysis).axes[0].get_legend_handles_labels()[1]
+    assert ("optimum" in labels) == bool(reference.get("optimal"))
+    assert ("best of n (at most this KL)" in labels) == bool(reference.get("best_of_n"))
+
+
+def test_a_reference_without_reward_is_no_measurement():
+    check_record({"points": [], "reference": {"reward": 0.5}}, reference=True)
+    with pytest.raises(ValueError, match="reference has no number reward"):
+        check_record({"points": [], "reference": {"judge": 0.5}}, reference=True)
 
 
 def test_the_page_says_how_many_prompts_there_were(make_result):
