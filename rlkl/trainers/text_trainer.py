@@ -72,6 +72,8 @@ class TextTrainer(Trainer, ABC):
             raise ValueError(
                 f"{args.world_size} processes were started; rlkl's trainers run in one process"
             )
+        # One of several GPUs: the Trainer would multiply the batch by their number.
+        args._n_gpu = min(args.n_gpu, 1)
         self.tokenizer = tokenizer
         self.noted: dict[str, list[dict[str, float]]] = defaultdict(list)
         super().__init__(
