@@ -229,10 +229,9 @@ def _texts(
         return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
     wholes = decode([p + r for p, r in zip(prompts, responses, strict=True)])
-    before, alone = decode(prompts), decode(responses)
     return [
-        whole.removeprefix(prompt) if whole.startswith(prompt) else text
-        for whole, prompt, text in zip(wholes, before, alone, strict=True)
+        whole.removeprefix(prompt) if whole.startswith(prompt) else decode([response])[0]
+        for whole, prompt, response in zip(wholes, decode(prompts), responses, strict=True)
     ]
 
 
