@@ -90,6 +90,8 @@ class SentimentReward:
             _check_labels_exclude_each_other(self.model, name)
         if self.tokenizer.pad_token_id is None:
             raise ValueError(f"the tokenizer of {name} has no pad token; set one and save it again")
+        # Causal classifiers read their score at the last token that is no padding, by this id.
+        self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         readable = min(
             self.tokenizer.model_max_length,
             getattr(self.model.config, "max_position_embeddings", None) or 10**9,
@@ -127,8 +129,12 @@ class SentimentReward:
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         for begin in range(0, len(order), self.batch_size):
             index = order[begin : begin + self.batch_size]
+            # On the right: positions of many models count padding that stands before the text.
             batch = self.tokenizer.pad(
-                {"input_ids": [rows[i] for i in index]}, padding=True, return_tensors="pt"
+                {"input_ids": [rows[i] for i in index]},
+                padding=True,
+                padding_side="right",
+                return_tensors="pt",
             ).to(self.device)
             output = self.model(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]

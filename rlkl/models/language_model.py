@@ -105,7 +105,9 @@ def hidden_size(model: nn.Module) -> int:
 
 def trunk_of(model: nn.Module) -> PreTrainedModel:
     """The module below the head: token ids to hidden states."""
-    return cast(PreTrainedModel, causal_lm(model).base_model)
+    lm = causal_lm(model)
+    below = getattr(lm, "model", lm) if lm.base_model is lm else lm.base_model  # Llama 4 has it so
+    return cast(PreTrainedModel, below)
 
 
 def max_positions(model: nn.Module) -> float:

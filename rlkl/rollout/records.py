@@ -28,7 +28,7 @@ class Responses:
 
     prompts: list[str]
     texts: list[str]
-    """Responses as text, special tokens left out."""
+    """Responses as they read after their prompts, special tokens left out."""
     prompt_ids: Tensor
     """[B, P], left-padded."""
     prompt_mask: Tensor

@@ -201,19 +201,38 @@ def sample_responses(
             on_batch(len(rows))
     length = int(mask.sum(1).max())
     tokens, mask = tokens[:, :length], mask[:, :length]
-    texts = tokenizer.batch_decode(
-        [row[real].tolist() for row, real in zip(tokens, mask, strict=True)],
-        skip_special_tokens=True,
-    )
     return Responses(
         prompts=list(prompts),
-        texts=texts,
+        texts=_texts(tokenizer, _real(prompt_ids, prompt_mask), _real(tokens, mask)),
         prompt_ids=prompt_ids.to(device),
         prompt_mask=prompt_mask.to(device),
         tokens=tokens.to(device),
         mask=mask.to(device),
         ended=ended.to(device),
     )
+
+
+def _real(token_ids: Tensor, mask: Tensor) -> list[list[int]]:
+    return [row[real].tolist() for row, real in zip(token_ids, mask, strict=True)]
+
+
+def _texts(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], responses: list[list[int]]
+) -> list[str]:
+    """The responses as they read after their prompts, special tokens left out.
+
+    Decoded alone, a response loses its leading space with tokenizers such as Llama's, which drop
+    that of a text: its first word would be one with the prompt's last.
+    """
+
+    def decode(rows: list[list[int]]) -> list[str]:
+        return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+    wholes = decode([p + r for p, r in zip(prompts, responses, strict=True)])
+    return [
+        whole.removeprefix(prompt) if whole.startswith(prompt) else decode([response])[0]
+        for whole, prompt, response in zip(wholes, decode(prompts), responses, strict=True)
+    ]
 
 
 def _eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:

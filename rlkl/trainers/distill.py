@@ -28,7 +28,7 @@ from rlkl.rollout.records import scatter_tokens
 from rlkl.trainers.distill_config import DistillConfig
 from rlkl.trainers.distill_data import check_data, prompts_of
 from rlkl.trainers.step import StepClock
-from rlkl.trainers.text_trainer import TextTrainer, named_sets
+from rlkl.trainers.text_trainer import TextTrainer, check_weights, named_sets
 from rlkl.trainers.tracking import wandb_run
 
 # What a generator is for: its place, beside the batch.
@@ -63,7 +63,8 @@ class DistillTrainer(TextTrainer):
 
     Args:
         model: the student, a causal LM or one with a PEFT adapter. It is used without dropout.
-        teacher_model: any causal LM of the same tokenizer, in any precision; it is frozen.
+        teacher_model: any causal LM of the same tokenizer; it is frozen. In float32 or bfloat16, or
+            in any precision without ``bf16``.
         args: settings.
         train_dataset: columns ``prompt`` and ``completion`` (the loss is on the completion alone),
             ``prompt`` alone where all responses are sampled, or ``text``.
@@ -75,7 +76,7 @@ class DistillTrainer(TextTrainer):
     Raises:
         ValueError: columns that the settings do not work with, no rows, an empty text, a head
             smaller than the tokenizer, a row longer than a model's positions, a teacher that is the
-            student, an adapter and a `peft_config`.
+            student, an adapter and a `peft_config`, weights that bf16 cannot be mixed with.
     """
 
     args: DistillConfig
@@ -99,6 +100,7 @@ class DistillTrainer(TextTrainer):
             model = get_peft_model(model, peft_config)  # pyright: ignore[reportArgumentType]
         for each, name in ((model.eval(), "model"), (teacher_model.eval(), "teacher_model")):
             check_causal_lm(each, name)
+        check_weights({"model": model, "teacher_model": teacher_model}, args)
         self.divergence = args.divergence()
         self.vocab_size = shared_vocabulary(model, teacher_model, processing_class)
         check_apart(model, teacher_model, "teacher_model", "load it a second time")

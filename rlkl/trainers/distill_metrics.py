@@ -27,11 +27,11 @@ DISTILL_VOCABULARY: dict[str, str] = {
     "loss/divergence": "mean over tokens of T² D, D the divergence trained on at temperature T",
     "loss/cross_entropy": "mean over tokens of −log s(y_t|h_t) at temperature 1; 0 where unused",
     "data/on_policy": "share of the batches since the last log that the student sampled",
-    "data/tokens": "response tokens trained on since the last log, per step",
-    "time/sampling": "seconds per step: student's or teacher's responses",
-    "time/trunks": "seconds per step: the passes of both trunks",
-    "time/loss": "seconds per step: divergence and gradient down to the hidden states",
-    "time/measure": "seconds per step: every divergence, on the steps that log",
+    "data/tokens": "response tokens of a batch, mean over the batches since the last log",
+    "time/sampling": "seconds per batch: student's or teacher's responses",
+    "time/trunks": "seconds per batch: the passes of both trunks",
+    "time/loss": "seconds per batch: divergence and gradient down to the hidden states",
+    "time/measure": "seconds per batch: every divergence, on the steps that log",
     "loss": (
         "(1 − c) T² D + c CE, plus the future term of a sequence-level gradient, which eval_loss "
         "does not have"
@@ -42,8 +42,9 @@ DISTILL_VOCABULARY: dict[str, str] = {
 }
 """Every metric of distillation by its formula: p is the teacher, s the student, both at
 temperature 1 unless said; b runs over responses, t over their real tokens, h_t is the prefix before
-y_t. A key ending in ``_se`` is the standard error of the mean before it (responses independent);
-``eval_`` is on the evaluation data, ``eval_own/`` on the student's samples of its prompts."""
+y_t; a step has gradient_accumulation_steps batches. A key ending in ``_se`` is the standard error
+of the mean before it (responses independent); ``eval_`` is on the evaluation data, ``eval_own/`` on
+the student's samples of its prompts."""
 
 
 def both_directions(logs: dict[str, float]) -> str | None:

@@ -329,7 +329,7 @@ class PPOTrainer(TextTrainer):
         for epoch in range(self.args.num_ppo_epochs):
             order = torch.arange(len(rollout))
             if epoch > 0 and self.args.num_mini_batches > 1:
-                order = torch.randperm(len(rollout), generator=generator)
+                order = torch.randperm(len(rollout), generator=generator, device=generator.device)
             for rows in order.split(self.args.mini_batch_size):
                 if updates:
                     self._apply_gradient()

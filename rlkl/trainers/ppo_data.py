@@ -1,6 +1,5 @@
 """What PPO reads, checked whole before any work: prompts, and the models that are to read them."""
 
-import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +11,7 @@ from rlkl.models.language_model import check_positions
 from rlkl.models.tokenizers import padding_id
 from rlkl.rollout import encode_prompts
 from rlkl.trainers.config import PPOConfig
-from rlkl.trainers.text_trainer import check_rows
+from rlkl.trainers.text_trainer import check_rows, check_weights
 
 _ROWS = 256  # tokenised together
 
@@ -66,12 +65,7 @@ def check_models(
         ValueError: float64 or float16 weights; a head without rows for all the tokenizer's tokens,
             or with other rows than the reference's; it says what to do.
     """
-    dtypes = {p.dtype for p in model.parameters()} & {torch.float64, torch.float16}
-    if args.bf16 and dtypes:
-        raise ValueError(
-            f"bf16 is on (the default where the hardware is fast at it) and model has weights in "
-            f"{dtypes.pop()}: set bf16=False, or train float32 weights (model.float())"
-        )
+    check_weights({"model": model} | ({} if ref_model is None else {"ref_model": ref_model}), args)
     rows = vocabulary_of(output_head(model))
     if rows < len(tokenizer):
         raise ValueError(

@@ -51,7 +51,9 @@ class RunArguments(TrainingArguments):
             self.max_grad_norm = 0.0  # transformers' loop compares it, and 0 does not clip
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast()  # pyright: ignore[reportIncompatibleVariableOverride]
-        if not torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        # Tokens are drawn in float64, which Apple's GPUs have not.
+        if accelerator is None or accelerator.type == "mps":
             self.use_cpu = True  # TrainingArguments refuses bf16 on a CPU that was not asked for
         if self.gradient_checkpointing:
             raise ValueError(

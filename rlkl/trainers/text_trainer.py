@@ -6,8 +6,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch import nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -37,6 +39,25 @@ def check_rows(data: Any, which: str) -> None:
             f"{which} is of type {type(data).__name__}, and a datasets.Dataset is needed: make one "
             "by Dataset.from_list(list(rows))"
         )
+
+
+def check_weights(models: dict[str, nn.Module], args: RunArguments) -> None:
+    """Refuses weights that bf16 autocast cannot be mixed with, trained or not.
+
+    Args:
+        models: by the names of the trainer's arguments.
+        args: the precision.
+
+    Raises:
+        ValueError: float64 or float16 weights; says whose, and what to do.
+    """
+    for name, model in models.items():
+        dtypes = {p.dtype for p in model.parameters()} & {torch.float64, torch.float16}
+        if args.bf16 and dtypes:
+            raise ValueError(
+                f"bf16 is on (the default where the hardware is fast at it) and {name} has weights "
+                f"in {dtypes.pop()}: set bf16=False, or use float32 weights ({name}.float())"
+            )
 
 
 def named_sets(data: Dataset | dict[str, Dataset] | None) -> dict[str, Dataset]:
@@ -72,6 +93,8 @@ class TextTrainer(Trainer, ABC):
             raise ValueError(
                 f"{args.world_size} processes were started; rlkl's trainers run in one process"
             )
+        # One of several GPUs: the Trainer would multiply the batch by their number.
+        args._n_gpu = min(args.n_gpu, 1)
         self.tokenizer = tokenizer
         self.noted: dict[str, list[dict[str, float]]] = defaultdict(list)
         super().__init__(

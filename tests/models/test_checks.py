@@ -22,6 +22,7 @@ def model_of(kind: str, **settings: int) -> torch.nn.Module:
         ("llama", SMALL | HEADS),
         ("mistral", SMALL | HEADS | {"sliding_window": 4}),
         ("gemma2", SMALL | HEADS | {"head_dim": 4, "sliding_window": 4}),
+        ("llama4_text", SMALL | HEADS | {"num_local_experts": 2, "attention_chunk_size": 4}),
     ],
     ids=str,
 )

@@ -8,6 +8,7 @@ from transformers import (
     DistilBertConfig,
     DistilBertForSequenceClassification,
     GPT2Config,
+    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
 )
@@ -96,6 +97,31 @@ def test_score_is_log_odds_of_prompt_joined_with_response(three_labels):
         reward(PROMPTS, RESPONSES), torch.log(p / (1 - p)).float(), atol=1e-5, rtol=0
     )
     torch.testing.assert_close(reward.probability_positive(texts), p.float(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pad_token_id", [None, 0, 7], ids=["no pad id", "its pad id", "another"])
+def test_a_causal_classifier_scores_a_text_the_same_in_any_company(tmp_path, side, pad_token_id):
+    """Its positions count padding on the left, and it reads its score where padding begins."""
+    labels = {0: "NEGATIVE", 1: "POSITIVE"}
+    save_classifier(tmp_path, labels)  # for its tokenizer
+    config = GPT2Config(
+        vocab_size=len(WORDS),
+        n_positions=32,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        initializer_range=0.5,
+        pad_token_id=pad_token_id,
+        id2label=labels,
+        label2id={label: i for i, label in labels.items()},
+    )
+    torch.manual_seed(0)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
+    reward = SentimentReward(tmp_path)
+    reward.tokenizer.padding_side = side
+    logits = logits_one_by_one(reward, [p + r for p, r in zip(PROMPTS, RESPONSES, strict=True)])
+    torch.testing.assert_close(reward(PROMPTS, RESPONSES), logits[:, 1] - logits[:, 0])
 
 
 def test_raw_logit_is_the_logit_of_the_positive_label(reversed_labels):

@@ -6,9 +6,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from scipy.stats import chi2
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from rlkl.rollout import encode_prompts, sample_responses
-from rlkl.rollout.sampling import _DRAW_BLOCK, _draw
+from rlkl.rollout.sampling import _DRAW_BLOCK, _draw, _texts
 
 PROMPTS = ["the film", "it", "I found this plot and the end", "a plot"]
 
@@ -158,10 +161,36 @@ def test_the_record_is_in_the_order_of_the_prompts(lm, tokenizer):
     for i, prompt in enumerate(PROMPTS):
         expected = [0, *tokenizer(prompt)["input_ids"]]
         assert r.prompt_ids[i][r.prompt_mask[i]].tolist() == expected
-        assert r.texts[i] == tokenizer.decode(
-            r.tokens[i][r.mask[i]].tolist(), skip_special_tokens=True
-        )
+        alone = tokenizer.decode(r.tokens[i][r.mask[i]].tolist(), skip_special_tokens=True)
+        assert r.texts[i] == f" {alone}" * bool(alone)
         assert "<eos>" not in r.texts[i]
+
+
+def test_a_response_reads_as_it_stands_after_its_prompt(make_lm):
+    """Llama's decoder drops the space that a text begins with, and a response begins with one."""
+    words = ["<unk>", "<eos>", "▁the", "▁film", "▁is", "▁good", "s", "▁"]
+    core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    strip = decoders.Strip(content=" ", left=1)
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), strip])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<eos>", eos_token="<eos>", pad_token="<eos>"
+    )
+    prompts = ["the film is", "good"] * 20
+    r = sample_responses(make_lm(vocab_size=8), tokenizer, prompts, 3, generator=generator())
+    assert any(text.startswith(" ") for text in r.texts)
+    assert any(text.startswith("s") for text in r.texts)
+    for i, (prompt, text) in enumerate(zip(prompts, r.texts, strict=True)):
+        ids = r.input_ids[i][r.attention_mask[i]].tolist()
+        assert prompt + text == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_a_response_that_changes_how_its_prompt_reads_is_decoded_alone(make_tokenizer):
+    """A prompt that ends with the bytes of é, and a response that begins with half of one."""
+    tokenizer = make_tokenizer(["<0xC3>", "<0xA9>", "b"])
+    bytes_of = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.backend_tokenizer.decoder = bytes_of
+    assert _texts(tokenizer, [[1, 2], [1, 2]], [[1, 3], [1, 2, 3]]) == ["\ufffdb", "éb"]
 
 
 def test_input_ids_join_prompt_and_response(lm, tokenizer):

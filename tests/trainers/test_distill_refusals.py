@@ -1,6 +1,7 @@
 """What DistillTrainer refuses before any work, in its own words."""
 
 import pytest
+import torch
 from datasets import Dataset
 from peft import get_peft_model
 
@@ -37,3 +38,13 @@ def test_data_without_rows_is_refused(which, build):
     empty = Dataset.from_dict({"prompt": [], "completion": []})
     with pytest.raises(ValueError, match=f"{which} has no rows: give it at least one"):
         build(**{which: empty})
+
+
+@pytest.mark.parametrize("which", ["model", "teacher_model"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_weights_that_autocast_cannot_be_mixed_with_are_refused(
+    which, dtype, build, make_lm, quick_run
+):
+    args = DistillConfig(**(quick_run | {"bf16": True}))
+    with pytest.raises(ValueError, match=rf" {which} has weights in {dtype}: set bf16=False"):
+        build(args=args, **{which: make_lm(seed=2).to(dtype)})

@@ -172,8 +172,9 @@ def test_a_prompt_that_is_too_long_for_the_reference_alone_is_refused(make_train
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_weights_that_autocast_cannot_be_mixed_with_are_refused(make_trainer, make_lm, dtype):
-    with pytest.raises(ValueError, match=r"model has weights in torch.float.*bf16=False"):
-        make_trainer(model=make_lm().to(dtype), bf16=True)
+    for name in ("model", "ref_model"):
+        with pytest.raises(ValueError, match=rf" {name} has weights in torch.float.*bf16=False"):
+            make_trainer(**{name: make_lm().to(dtype)}, bf16=True)
 
 
 def test_a_second_adapter_is_refused(make_trainer, make_lm, lora):

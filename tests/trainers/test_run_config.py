@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlkl.trainers import PPOConfig
+from rlkl.trainers import PPOConfig, PPOTrainer
 
 
 @pytest.mark.parametrize(("tiles", "dots"), [(0, 0), (1, 0), (0, 1), (1, 1)])
@@ -18,3 +18,27 @@ def test_bf16_is_the_default_where_a_cpu_multiplies_it(monkeypatch, tmp_path, ti
     assert bf16() == bool(tiles or dots)
     assert not bf16(bf16=False)
     assert bf16(bf16=True)
+
+
+@pytest.mark.parametrize(("accelerator", "use_cpu"), [(None, True), ("mps", True), ("cuda", False)])
+def test_training_is_on_the_cpu_where_no_accelerator_has_float64(
+    monkeypatch, tmp_path, accelerator, use_cpu
+):
+    """Tokens are drawn in float64."""
+    device = None if accelerator is None else torch.device(accelerator)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: device is not None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: device)
+    assert PPOConfig(output_dir=str(tmp_path), bf16=False).use_cpu == use_cpu
+
+
+def test_a_batch_is_not_multiplied_by_the_number_of_gpus(make_config, make_lm, tokenizer, prompts):
+    scored = []
+
+    def reward(prompts: list[str], responses: list[str]) -> torch.Tensor:
+        scored.append(len(responses))
+        return torch.zeros(len(responses))
+
+    config = make_config(per_device_train_batch_size=4)
+    config._n_gpu = 2
+    PPOTrainer(make_lm(), reward, config, prompts, tokenizer).train()
+    assert scored == [4, 4]

@@ -1,6 +1,7 @@
 """Whole steps: exact zeros at the first one, what is logged, what is trained and what is not."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -415,6 +416,19 @@ def test_a_critic_that_is_to_stay_as_it_is_stays(make_trainer):
     before = state_of(trainer.critic)
     trainer.train()
     assert all(torch.equal(value, before[name]) for name, value in state_of(trainer.critic).items())
+
+
+def test_minibatches_are_shuffled_where_their_generator_is(make_trainer, monkeypatch):
+    """A generator of a GPU draws on that GPU alone."""
+    randperm, used = torch.randperm, []
+
+    def on_its_device(n: int, *, generator: torch.Generator, **where: Any) -> torch.Tensor:
+        used.extend(device == generator.device for device in where.values())
+        return randperm(n, generator=generator, **where)
+
+    monkeypatch.setattr("torch.randperm", on_its_device)
+    make_trainer(num_mini_batches=2, max_steps=1).train()
+    assert used == [True]  # of the second epoch; the sampler of the prompts names no device
 
 
 def test_averaging_adds_standard_errors_in_squares():
