@@ -55,16 +55,17 @@ def findings(analysis: Analysis) -> list[dict[str, Any]]:
         for e, p in zip(analysis.efficiency, result.points, strict=True)
         if e is not None and p.last
     ]
-    reached = [(e.share, p) for e, p in ends if not (e.upper_bound or e.lower_bound)]
+    reached = [(e, p) for e, p in ends if not (e.upper_bound or e.lower_bound)]
     beyond = [e.share for e, _ in ends if e.upper_bound]
     lost = sum(e.lower_bound for e, _ in ends)
     if reached:
-        share, point = max(reached, key=lambda pair: pair[0])
+        # By what is certain: at little KL the optimum gains little, and errors are many times that.
+        best, point = max(reached, key=lambda pair: pair[0].share - 1.96 * pair[0].stderr)
         known = max(p["kl"] for p in (result.reference or {})["optimal"] if p["trusted"])
         say(
             f"Where the optimum is known, up to {known:.2f} nats, the best of {len(reached)} runs "
-            f"reaches {share:.0%} of the gain that is possible at its KL ({point.label}, seed "
-            f"{point.seed}, {point.kl:.2f} nats)."
+            f"reaches {best.share:.0%} ± {1.96 * best.stderr:.0%} of the gain that is possible at "
+            f"its KL ({point.label}, seed {point.seed}, {point.kl:.2f} nats)."
             + (
                 f" Of the {len(beyond)} runs beyond only upper bounds are known, up to "
                 f"{max(beyond):.0%}."
