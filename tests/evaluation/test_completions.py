@@ -16,7 +16,7 @@ from rlkl.evaluation.kl_estimate import (
 )
 from rlkl.evaluation.kl_estimate.accumulate import Weights
 from rlkl.evaluation.kl_estimate.measure import measure
-from rlkl.evaluation.kl_estimate.page import write_page
+from rlkl.evaluation.kl_estimate.page import _limits, write_page
 from rlkl.models import ModelPair
 
 PROMPTS = ["red", "green blue red", "blue green", "green"]
@@ -231,3 +231,5 @@ def test_a_position_that_few_responses_reach_has_the_interval_of_those_few(pair,
         assert profile.kl[position] == pytest.approx(float(values.mean()))
         assert profile.half_width[position] == pytest.approx(half)
     assert profile.half_width[2] == profile.sampled_half_width[2] == float("inf")
+    wide = replace(profile, half_width=[1e6] * 3)
+    assert _limits(wide) == _limits(profile), "what few say does not flatten the page's figure"
