@@ -111,6 +111,9 @@ def main() -> None:
             description=__doc__,
         )
         task, args, model_args = parser.parse(str(HERE / "sentiment_ppo.yaml"))
+        for name in ("num_eval_prompts", "best_of_n"):  # one prompt has no spread, one draw no best
+            if getattr(task, name) < 2:
+                raise ValueError(f"{name} is {getattr(task, name)}; give at least 2")
         quiet_libraries()
         set_threads(task.threads)
         tokenizer = load_tokenizer(model_args.model_name_or_path)

@@ -9,7 +9,7 @@ from rlkl.sweep.frontier import Estimate
 from rlkl.sweep.records import SweepResult
 
 NAMED = 8
-"""Configurations, at most, that the sentence of what is missing names."""
+"""How many of their kind are named at most: configurations that are missing, pairs of arms."""
 
 
 def findings(analysis: Analysis) -> list[dict[str, Any]]:
@@ -22,13 +22,25 @@ def findings(analysis: Analysis) -> list[dict[str, Any]]:
 
     if result.missing:
         say(_missing(analysis), warn=True)
-    for comparison in front.comparisons:
+    several = len(front.comparisons) > NAMED
+    differing = [c for c in front.comparisons if _differs(c)]
+    if several and not any(c.mean.ci95 for c in front.comparisons):
+        say(f"{len(front.comparisons)} pairs are compared at equal KL in the table, by no interval.")
+    elif several:
+        say(
+            f"At equal KL {len(differing)} of {len(front.comparisons)} pairs differ by an interval "
+            f"that does not hold 0; were all equal, about {0.05 * len(front.comparisons):.0f} would "
+            f"by chance. The table has them all; here the largest."
+        )
+        differing.sort(key=lambda c: -abs(c.mean.value))
+    for comparison in differing[:NAMED] if several else front.comparisons:
         say(_said(comparison))
     compared = {(comparison.first, comparison.second) for comparison in front.comparisons}
     apart = [pair for pair in combinations(result.arms, 2) if pair not in compared]
     if apart:
-        pairs = ", ".join(f"{first} and {second}" for first, second in apart)
-        say(f"Not compared at equal KL, as they have no range of KL in common: {pairs}.")
+        pairs = ", ".join(f"{first} and {second}" for first, second in apart[:NAMED])
+        more = f"; and {len(apart) - NAMED} more pairs" if len(apart) > NAMED else ""
+        say(f"Not compared at equal KL, as they have no range of KL in common: {pairs}{more}.")
     shares = ", ".join(f"{arm} {percent(e)}" for arm, e in front.share_on_front.items())
     say(f"Share of the reward-vs-KL front: {shares}.")
     for arm, found in analysis.over_optimised.items():
@@ -110,6 +122,12 @@ def _missing(analysis: Analysis) -> str:
         "Shares of the front count the runs that there are, and intervals need two seeds of every "
         f"configuration.{volumes if part else ''}"
     )
+
+
+def _differs(comparison: Comparison) -> bool:
+    """Whether the interval of the mean difference does not hold 0."""
+    ci95 = comparison.mean.ci95
+    return ci95 is not None and (ci95[0] > 0 or ci95[1] < 0)
 
 
 def _said(comparison: Comparison) -> str:

@@ -195,6 +195,24 @@ def test_arms_without_a_common_kl_are_said_not_to_be_compared(make_result):
     assert "At equal KL" not in said
 
 
+def test_of_many_pairs_of_arms_those_that_differ_most_are_said(make_result):
+    """Twelve arms as in recipes/compare_estimators.yaml: 66 pairs."""
+    result = make_result(configurations=24)
+    points = [
+        replace(p, arm=f"arm {p.configuration % 12}", reward=p.reward + p.configuration % 12)
+        for p in result.points
+    ]
+    analysis = analyse(replace(result, points=points), resamples=5)
+    pairs = len(analysis.reward.comparisons)
+    assert pairs > 20
+    lines = [line["text"] for line in findings(analysis) if "t equal KL" in line["text"]]
+    assert len(lines) < 12
+    assert f" of {pairs} pairs differ" in lines[0]
+    largest = max(abs(c.mean.value) for c in analysis.reward.comparisons)
+    assert f"+{largest:.2f} [" in lines[1]
+    assert f"Of {pairs} pairs the first 6 are drawn" in page(analysis)
+
+
 def test_it_says_when_seeds_are_too_few_and_cells_failed(make_result):
     result = make_result(seeds=1)
     result.failed["004-seed0"] = "exit code 1"
