@@ -90,6 +90,7 @@ def main() -> None:
             if getattr(task, name) < least:
                 raise ValueError(f"{name} is {getattr(task, name)}; give at least {least}")
         quiet_libraries()
+        args.disable_tqdm = True  # the progress bar is ours
         set_threads(task.threads)
         tokenizer, teacher = load_tokenizer(task.teacher), load_causal_lm(task.teacher).eval()
         if teacher.config.model_type != "gpt2":
@@ -214,7 +215,6 @@ def run(
     config = copy.deepcopy(args)
     config.loss, config.seed = loss, seed
     config.output_dir = str(Path(str(args.output_dir)) / "runs" / f"{loss}-seed{seed}")
-    config.disable_tqdm = True
     config.save_strategy = "no"  # pyright: ignore[reportAttributeAccessIssue]
     config.run_name = f"{loss}-seed{seed}"
     shutil.rmtree(config.output_dir, ignore_errors=True)
