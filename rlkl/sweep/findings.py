@@ -22,15 +22,16 @@ def findings(analysis: Analysis) -> list[dict[str, Any]]:
 
     if result.missing:
         say(_missing(analysis), warn=True)
-    several = len(front.comparisons) > NAMED
+    pairs = len(front.comparisons)
+    several = pairs > NAMED
     differing = [c for c in front.comparisons if _differs(c)]
     if several and not any(c.mean.ci95 for c in front.comparisons):
-        say(f"{len(front.comparisons)} pairs are compared at equal KL in the table, by no interval.")
+        say(f"{pairs} pairs are compared at equal KL in the table, without intervals.")
     elif several:
         say(
-            f"At equal KL {len(differing)} of {len(front.comparisons)} pairs differ by an interval "
-            f"that does not hold 0; were all equal, about {0.05 * len(front.comparisons):.0f} would "
-            f"by chance. The table has them all; here the largest."
+            f"At equal KL {len(differing)} of {pairs} pairs differ by an interval that does not "
+            f"hold 0; were all equal, about {0.05 * pairs:.0f} would by chance. The table has them "
+            "all; here the largest."
         )
         differing.sort(key=lambda c: -abs(c.mean.value))
     for comparison in differing[:NAMED] if several else front.comparisons:
@@ -38,9 +39,9 @@ def findings(analysis: Analysis) -> list[dict[str, Any]]:
     compared = {(comparison.first, comparison.second) for comparison in front.comparisons}
     apart = [pair for pair in combinations(result.arms, 2) if pair not in compared]
     if apart:
-        pairs = ", ".join(f"{first} and {second}" for first, second in apart[:NAMED])
+        named = ", ".join(f"{first} and {second}" for first, second in apart[:NAMED])
         more = f"; and {len(apart) - NAMED} more pairs" if len(apart) > NAMED else ""
-        say(f"Not compared at equal KL, as they have no range of KL in common: {pairs}{more}.")
+        say(f"Not compared at equal KL, as they have no range of KL in common: {named}{more}.")
     shares = ", ".join(f"{arm} {percent(e)}" for arm, e in front.share_on_front.items())
     say(f"Share of the reward-vs-KL front: {shares}.")
     for arm, found in analysis.over_optimised.items():

@@ -90,7 +90,7 @@ def test_records_that_count_a_run_twice_are_refused(make_result, tmp_path):
         (lambda lines: ["[1]", *lines], "its first line names none"),
         (lambda lines: [*lines, "[1]"], "its first line names none"),
         (lambda lines: [*lines, '{"run_id": "x"}'], "record 8 has no number step"),
-        (lambda lines: [line.replace('"kl": ', '"kl": null, "x": ') for line in lines], "number kl"),
+        (lambda lines: [line.replace('"kl": ', '"k": ') for line in lines], "has no number kl"),
         (lambda lines: [line.replace('"arm": ', '"brm": ') for line in lines], "this version's"),
         (lambda lines: [lines[0].replace('"failed"', '"f"'), *lines[1:]], "this version's"),
         (lambda lines: [line.replace('"judge_se"', '"x"') for line in lines], "number judge_se"),
