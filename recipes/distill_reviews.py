@@ -22,7 +22,7 @@ import json
 import os
 import shutil
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,7 @@ from rlkl.models import load_causal_lm, load_tokenizer
 from rlkl.rollout import DivergenceRecord, sample_responses
 from rlkl.trainers import DistillConfig, DistillTrainer, RichProgress, StopOnInterrupt
 from rlkl.trainers.distill_metrics import both_directions
-from rlkl.trainers.resume import check_settings
-from rlkl.trainers.run_config import RunArguments
+from rlkl.trainers.resume import FREE, check_settings
 from rlkl.trainers.tracking import log_final
 
 HERE = Path(__file__).parent
@@ -91,6 +90,7 @@ def main() -> None:
             if getattr(task, name) < least:
                 raise ValueError(f"{name} is {getattr(task, name)}; give at least {least}")
         quiet_libraries()
+        args.disable_tqdm = True  # the progress bar is ours
         set_threads(task.threads)
         tokenizer, teacher = load_tokenizer(task.teacher), load_causal_lm(task.teacher).eval()
         if teacher.config.model_type != "gpt2":
@@ -143,17 +143,16 @@ def write(file: Path, text: str) -> None:
 
 def keep_settings(output_dir: Path, task: dict[str, Any], args: DistillConfig) -> None:
     """Keeps the settings that runs must share; refuses a folder that holds runs with others."""
-    shared = {k: v for k, v in task.items() if k not in ("losses", "seeds", "threads")}
-    own = {f.name for f in fields(DistillConfig)} - {f.name for f in fields(RunArguments)}
-    own |= {"max_steps", "learning_rate", "per_device_train_batch_size", "eval_steps"}
-    shared |= {name: getattr(args, name) for name in sorted(own - {"loss"})}
+    own = (*FREE, "losses", "seeds", "loss", "seed")  # a run's own, or of no effect on it
+    whole = {**task, **args.to_dict()}
+    shared = {k: v for k, v in whole.items() if k not in own and not k.startswith("wandb_")}
     file = output_dir / "settings.json"
     if file.is_file():
         check_settings(file, shared, "runs")
     elif output_dir.is_dir() and any(output_dir.iterdir()):
         raise ValueError(f"{output_dir} holds files of something else; choose another --output_dir")
     output_dir.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(shared, indent=2) + "\n")
+    file.write_text(json.dumps(shared, indent=2, default=str) + "\n")
 
 
 def corpus(
@@ -216,7 +215,6 @@ def run(
     config = copy.deepcopy(args)
     config.loss, config.seed = loss, seed
     config.output_dir = str(Path(str(args.output_dir)) / "runs" / f"{loss}-seed{seed}")
-    config.disable_tqdm = True
     config.save_strategy = "no"  # pyright: ignore[reportAttributeAccessIssue]
     config.run_name = f"{loss}-seed{seed}"
     shutil.rmtree(config.output_dir, ignore_errors=True)

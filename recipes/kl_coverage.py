@@ -131,9 +131,11 @@ def earlier_records(folder: Path, args: CoverageArguments) -> list[dict[str, Any
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(settings, indent=2) + "\n")
     records = folder / "repetitions.jsonl"
-    return (
-        [json.loads(line) for line in records.read_text().splitlines()] if records.is_file() else []
-    )
+    lines = records.read_text().splitlines(keepends=True) if records.is_file() else []
+    if lines and not lines[-1].endswith("\n"):  # a kill has cut it
+        records.write_text("".join(lines[:-1]))
+        del lines[-1]
+    return [json.loads(line) for line in lines]
 
 
 def keep(folder: Path, records: list[dict[str, Any]], record: dict[str, Any]) -> None:

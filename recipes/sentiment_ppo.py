@@ -29,6 +29,7 @@ import matplotlib.pyplot as plt
 import torch
 import wandb
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase, PrinterCallback
@@ -110,6 +111,9 @@ def main() -> None:
             description=__doc__,
         )
         task, args, model_args = parser.parse(str(HERE / "sentiment_ppo.yaml"))
+        for name in ("num_eval_prompts", "best_of_n"):  # one prompt has no spread, one draw no best
+            if getattr(task, name) < 2:
+                raise ValueError(f"{name} is {getattr(task, name)}; give at least 2")
         quiet_libraries()
         set_threads(task.threads)
         tokenizer = load_tokenizer(model_args.model_name_or_path)
@@ -385,10 +389,10 @@ def print_summary(
     for column in ("prompt", "before", "after"):
         texts.add_column(column, ratio=1 if column == "prompt" else 2)
     for row in samples:
-        texts.add_row(
-            row["prompt"],
-            f"{row['before']} [dim]({row['before_reward']:+.1f})[/dim]",
-            f"{row['after']} [dim]({row['after_reward']:+.1f})[/dim]",
+        texts.add_row(  # a text may hold brackets, which are no markup
+            escape(row["prompt"]),
+            f"{escape(row['before'])} [dim]({row['before_reward']:+.1f})[/dim]",
+            f"{escape(row['after'])} [dim]({row['after_reward']:+.1f})[/dim]",
         )
     console.print(texts)
 

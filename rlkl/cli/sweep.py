@@ -87,13 +87,14 @@ def run(
     except RuntimeError as error:
         fail(str(error))
     console.print(f"all cells have ended, after {duration(time.monotonic() - begin)}")
-    states = [cell.state for cell in ledger.cells(records=False) if cell.configuration >= 0]
-    if report and "done" in states:
+    cells = ledger.cells(records=False)
+    if report and any(cell.state == "done" and cell.configuration >= 0 for cell in cells):
         from rlkl.sweep.records import collect
 
         _write_report(console, collect(ledger), folder / "report", ledger.identity)
-    if "failed" in states:
-        fail(f"{states.count('failed')} cells failed; see above, then: rlkl sweep retry {spec}")
+    failed = sum(cell.state == "failed" for cell in cells)  # the reference's too
+    if failed:
+        fail(f"{failed} cells failed; see above, then: rlkl sweep retry {spec}")
 
 
 def print_plan(console: Console, spec, workers: int) -> None:

@@ -275,6 +275,7 @@ def configuration_means(result: SweepResult) -> list[dict[str, Any]]:
     for number in sorted({p.configuration for p in result.points}):
         runs = [p for p in result.ends if p.configuration == number]
         row: dict[str, Any] = {
+            "configuration": number,
             "arm": runs[0].arm,
             "kl_coef": runs[0].kl_coef,
             "label": runs[0].label,

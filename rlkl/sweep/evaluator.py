@@ -151,6 +151,15 @@ def clustered(values: Tensor, repeats: int) -> tuple[float, float]:
     return float(mean), float(stderr)
 
 
+def steps_of(run: Path, settings: dict[str, Any]) -> int:
+    """How many steps a finished run took: ``max_steps``, or where epochs or the recipe's default
+    say how many, what it logged last.
+    """
+    if (settings.get("max_steps") or 0) > 0:
+        return settings["max_steps"]
+    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+
+
 def main() -> None:
     """Measures the policies of one cell, or the reference."""
     folder = Path(sys.argv[1])
@@ -163,7 +172,7 @@ def main() -> None:
     else:
         run = folder / "run"
         policies = {int(p.name.split("-")[1]): p for p in run.glob("checkpoint-*")}
-        policies[settings["max_steps"]] = run / "policy"
+        policies[steps_of(run, settings)] = run / "policy"
         for step, policy in sorted(policies.items()):
             point, samples = evaluator.point(evaluator.load(policy), step)
             record["points"].append(point)

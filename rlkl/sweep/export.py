@@ -31,8 +31,11 @@ class Analysis:
 
 
 def analyse(result: SweepResult, resamples: int = 500) -> Analysis:
-    """Analyses a sweep by its reward and, where every point has one, by its judge's score."""
-    judged = all(point.judge is not None for point in result.points)
+    """Analyses a sweep by its reward and, where every point and the reference have one, by its
+    judge's score.
+    """
+    judged = all(point.judge is not None and point.judge_se is not None for point in result.points)
+    judged = judged and (result.reference is None or "judge" in result.reference)
     return Analysis(
         result=result,
         reward=frontier(result, "reward", resamples),

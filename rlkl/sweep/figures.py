@@ -1,6 +1,5 @@
 """The figures of a report: interactive (plotly) for the page, still (matplotlib) for a paper."""
 
-from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -17,13 +16,22 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F
 """Okabe and Ito's, which colour-blind readers tell apart."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x")
+_DASHES = ("solid", "dash", "dot", "dashdot")
 _GREY, _DARK = "#777777", "#222222"
 Z = 1.96
 
 
 def styles(arms: list[str]) -> dict[str, tuple[str, str, str]]:
-    """Colour, matplotlib marker and plotly symbol of each arm."""
-    return dict(zip(arms, zip(cycle(COLOURS), cycle(MARKERS), cycle(_SYMBOLS)), strict=False))
+    """Colour, matplotlib marker and plotly symbol of each arm.
+
+    When the colours begin again, the markers have moved on by one: up to 49 arms look different.
+    """
+    count = len(COLOURS)
+    shapes = [(number + number // count) % count for number in range(len(arms))]
+    return {
+        arm: (COLOURS[number % count], MARKERS[shape], _SYMBOLS[shape])
+        for number, (arm, shape) in enumerate(zip(arms, shapes, strict=True))
+    }
 
 
 def title_of(measure: str) -> str:
@@ -168,7 +176,8 @@ def _reference_traces(figure: go.Figure, analysis: Analysis, measure: str) -> No
 def interactive_attainment(analysis: Analysis, front: Frontier) -> go.Figure:
     """What half of the seeds of each arm attain within each KL, with its interval over seeds."""
     figure = go.Figure()
-    for arm, (colour, _, _) in styles(analysis.result.arms).items():
+    for number, (arm, (colour, _, _)) in enumerate(styles(analysis.result.arms).items()):
+        dash = _DASHES[number // len(COLOURS) % len(_DASHES)]  # lines have no markers
         attained = front.attained[arm]
         steps = [kl for kl in front.kls for _ in range(2)][1:]
         _add_band(figure, steps, [e for e in attained for _ in range(2)][:-1], colour, arm)
@@ -176,7 +185,7 @@ def interactive_attainment(analysis: Analysis, front: Frontier) -> go.Figure:
             x=front.kls,
             y=[e.value for e in attained],
             mode="lines",
-            line={"shape": "hv", "color": colour},
+            line={"shape": "hv", "color": colour, "dash": dash},
             name=arm,
             legendgroup=arm,
             hovertemplate=f"{arm}: %{{y:.2f}} within %{{x:.2f}} nats<extra></extra>",

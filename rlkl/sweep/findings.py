@@ -9,7 +9,7 @@ from rlkl.sweep.frontier import Estimate
 from rlkl.sweep.records import SweepResult
 
 NAMED = 8
-"""Configurations, at most, that the sentence of what is missing names."""
+"""How many of their kind are named at most: configurations that are missing, pairs of arms."""
 
 
 def findings(analysis: Analysis) -> list[dict[str, Any]]:
@@ -22,13 +22,26 @@ def findings(analysis: Analysis) -> list[dict[str, Any]]:
 
     if result.missing:
         say(_missing(analysis), warn=True)
-    for comparison in front.comparisons:
+    pairs = len(front.comparisons)
+    several = pairs > NAMED
+    differing = [c for c in front.comparisons if _differs(c)]
+    if several and not any(c.mean.ci95 for c in front.comparisons):
+        say(f"{pairs} pairs are compared at equal KL in the table, without intervals.")
+    elif several:
+        say(
+            f"At equal KL {len(differing)} of {pairs} pairs differ by an interval that does not "
+            f"hold 0; were all equal, about {0.05 * pairs:.0f} would by chance. The table has them "
+            "all; here the largest."
+        )
+        differing.sort(key=lambda c: -abs(c.mean.value))
+    for comparison in differing[:NAMED] if several else front.comparisons:
         say(_said(comparison))
     compared = {(comparison.first, comparison.second) for comparison in front.comparisons}
     apart = [pair for pair in combinations(result.arms, 2) if pair not in compared]
     if apart:
-        pairs = ", ".join(f"{first} and {second}" for first, second in apart)
-        say(f"Not compared at equal KL, as they have no range of KL in common: {pairs}.")
+        named = ", ".join(f"{first} and {second}" for first, second in apart[:NAMED])
+        more = f"; and {len(apart) - NAMED} more pairs" if len(apart) > NAMED else ""
+        say(f"Not compared at equal KL, as they have no range of KL in common: {named}{more}.")
     shares = ", ".join(f"{arm} {percent(e)}" for arm, e in front.share_on_front.items())
     say(f"Share of the reward-vs-KL front: {shares}.")
     for arm, found in analysis.over_optimised.items():
@@ -55,16 +68,17 @@ def findings(analysis: Analysis) -> list[dict[str, Any]]:
         for e, p in zip(analysis.efficiency, result.points, strict=True)
         if e is not None and p.last
     ]
-    reached = [(e.share, p) for e, p in ends if not (e.upper_bound or e.lower_bound)]
+    reached = [(e, p) for e, p in ends if not (e.upper_bound or e.lower_bound)]
     beyond = [e.share for e, _ in ends if e.upper_bound]
     lost = sum(e.lower_bound for e, _ in ends)
     if reached:
-        share, point = max(reached, key=lambda pair: pair[0])
+        # By what is certain: at little KL the optimum gains little, and errors are many times that.
+        best, point = max(reached, key=lambda pair: pair[0].share - 1.96 * pair[0].stderr)
         known = max(p["kl"] for p in result.curve("optimal") if p["trusted"])
         say(
             f"Where the optimum is known, up to {known:.2f} nats, the best of {len(reached)} runs "
-            f"reaches {share:.0%} of the gain that is possible at its KL ({point.label}, seed "
-            f"{point.seed}, {point.kl:.2f} nats)."
+            f"reaches {best.share:.0%} ± {1.96 * best.stderr:.0%} of the gain that is possible at "
+            f"its KL ({point.label}, seed {point.seed}, {point.kl:.2f} nats)."
             + (
                 f" Of the {len(beyond)} runs beyond only upper bounds are known, up to "
                 f"{max(beyond):.0%}."
@@ -109,6 +123,12 @@ def _missing(analysis: Analysis) -> str:
         "Shares of the front count the runs that there are, and intervals need two seeds of every "
         f"configuration.{volumes if part else ''}"
     )
+
+
+def _differs(comparison: Comparison) -> bool:
+    """Whether the interval of the mean difference does not hold 0."""
+    ci95 = comparison.mean.ci95
+    return ci95 is not None and (ci95[0] > 0 or ci95[1] < 0)
 
 
 def _said(comparison: Comparison) -> str:

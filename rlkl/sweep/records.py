@@ -147,20 +147,31 @@ class SweepResult:
         """What `save` wrote.
 
         Raises:
-            ValueError: the file is not one of ours, counts a run twice, or holds no points.
+            ValueError: the file is not one of ours, a line of it is cut, it counts a run twice, or
+                it holds no points.
         """
         text = Path(path).read_text(encoding="utf-8")
         # Not splitlines: a text may hold U+0085 or U+2028 as they are, which end a line for it.
         lines = [line for line in text.split("\n") if line.strip()]
-        head = json.loads(lines[0]).get("sweep") if lines else None
-        if head is None:
+        rows = []
+        for number, line in enumerate(lines, 1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{path}, record {number} is not JSON: {error}") from error
+        if not rows or not all(isinstance(row, dict) for row in rows) or "sweep" not in rows[0]:
             raise ValueError(f"{path} holds no sweep's records (its first line names none)")
         if len(set(lines)) < len(lines):
             raise ValueError(f"{path} holds a line twice; each measurement must stand there once")
-        rows = [json.loads(line) for line in lines[1:]]
-        if any("sweep" in row for row in rows):
+        head, *measured = rows
+        if any("sweep" in row for row in measured):
             raise ValueError(f"{path} holds two sweeps; report each from a file of its own")
-        return SweepResult(points=[Point(**row) for row in rows], **head)
+        for number, row in enumerate(measured, 2):
+            _check_point(row, f"{path}, record {number}")
+        try:
+            return SweepResult(points=[Point(**row) for row in measured], **head["sweep"])
+        except TypeError as error:  # a field too many, or one that is missing
+            raise ValueError(f"{path} holds other records than this version's: {error}") from error
 
 
 def check_record(record: Any, reference: bool) -> None:
@@ -169,17 +180,24 @@ def check_record(record: Any, reference: bool) -> None:
     Raises:
         ValueError: no points, a point without its numbers, or a number that is not finite.
     """
-    name = "reference" if reference else "points"
-    if not isinstance(record, dict) or not record.get(name):
+    name, kind = ("reference", dict) if reference else ("points", list)
+    found = record.get(name) if isinstance(record, dict) else None
+    if not found or not isinstance(found, kind):
         raise ValueError(f"the evaluator wrote no {name}")
-    if reference and not isinstance(record[name].get("reward"), int | float):
+    if isinstance(found, dict) and not isinstance(found.get("reward"), int | float):
         raise ValueError("reference has no number reward")
-    for number, point in enumerate(record["points"]):
-        missing = [key for key in _NEEDED if not isinstance(point.get(key), int | float)]
-        if missing:
-            raise ValueError(f"points[{number}] has no number {missing[0]}")
-    for found in not_finite(record[name], name):
-        raise ValueError(f"the evaluator measured that {found}")
+    for number, point in enumerate([] if reference else found):
+        _check_point(point, f"points[{number}]")
+    for place in not_finite(found, name):
+        raise ValueError(f"the evaluator measured that {place}")
+
+
+def _check_point(point: Any, where: str) -> None:
+    if not isinstance(point, dict):
+        raise ValueError(f"{where} is no mapping")
+    for key in _NEEDED if point.get("judge") is None else (*_NEEDED, "judge", "judge_se"):
+        if not isinstance(point.get(key), int | float):
+            raise ValueError(f"{where} has no number {key}")
 
 
 _NEEDED = ("step", "kl", "kl_se", "reward", "reward_se")

@@ -66,6 +66,7 @@ def page(analysis: Analysis) -> str:
         ],
     }
     kl_ref, reward_ref = front.reference_point
+    least = "the reference model's own reward" if result.reference else "the least reward measured"
     return environment.get_template("report.html.j2").render(
         result=result,
         plotly=Markup(get_plotlyjs()),
@@ -79,7 +80,7 @@ def page(analysis: Analysis) -> str:
         reference_point=(
             "Share: of the points on the common front of all runs. Hypervolume: the area between "
             f"an estimator's points of one seed and the reference point ({kl_ref:.2f} nats: the "
-            f"largest KL measured; {reward_ref:+.2f}: the reference model's own reward), in nats "
+            f"largest KL measured; {reward_ref:+.2f}: {least}), in nats "
             "times reward, mean over seeds. In brackets 95% intervals over seeds (bootstrap "
             "within configurations), for these prompts: other prompts are not in them."
         ),
@@ -158,17 +159,17 @@ def _comparison_row(analysis: Analysis, comparison: Comparison) -> list[str]:
 
 
 def _configuration_rows(analysis: Analysis) -> list[list[str]]:
-    efficiency: dict[str, list[str]] = {}
+    efficiency: dict[int, list[str]] = {}
     for point, found in zip(analysis.result.points, analysis.efficiency, strict=True):
         if found is not None and point.last:
             bound = "≤ " if found.upper_bound else "≥ " if found.lower_bound else ""
-            efficiency.setdefault(point.label, []).append(f"{bound}{found.share:.0%}")
+            efficiency.setdefault(point.configuration, []).append(f"{bound}{found.share:.0%}")
     rows = []
     for row in analysis.means:
         measures = [n for n in ("kl", "reward", "judge") if n in row]
         sign = {"kl": "", "reward": "+", "judge": "+"}
         cells = [f"{row[n]:{sign[n]}.2f} ± {Z * row[f'{n}_se']:.2f}" for n in measures]
-        shares = ", ".join(efficiency.get(row["label"], []))
+        shares = ", ".join(efficiency.get(row["configuration"], []))
         rows.append([row["label"], str(row["seeds"]), *cells, shares])
     return rows
 

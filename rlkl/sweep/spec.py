@@ -128,7 +128,8 @@ class SweepSpec:
     def configuration(self, number: int, searched: Mapping[str, Any] | None = None):
         """The configuration of that number; `searched` are the values a sampler chose."""
         point = self.arms[number % len(self.arms)] | dict(searched or {})
-        label = " ".join([self.arm_name(point), *_assignments(point, (STRENGTH,))])
+        along = dict.fromkeys([STRENGTH, *(self.search.fields if self.search else ())])
+        label = " ".join([self.arm_name(point), *_assignments(point, along)])
         return Configuration(number, self.arm_name(point), label, {**self.settings, **point})
 
     def arm_name(self, point: Mapping[str, Any]) -> str:

@@ -128,7 +128,7 @@ class Worker:
                 start_new_session=True,
                 pass_fds=[lock],
             )
-        (folder / "process").write_text(str(process.pid))
+        (folder / "process").write_text(f"{socket.gethostname()} {process.pid}")
         try:
             interrupted, beat = False, 0.0
             while process.poll() is None:
@@ -151,8 +151,8 @@ class Worker:
         """The lock on a cell's folder, which every process of the cell holds open.
 
         Where the processes of an earlier attempt on this machine live on without their worker, they
-        have until the end of their patience, then they are killed. None where the lease was lost
-        meanwhile.
+        have until the end of their patience, then they are killed; those of another machine, where
+        the folder is shared after all, are waited for. None where the lease was lost meanwhile.
         """
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
         try:
@@ -161,8 +161,8 @@ class Worker:
                 if not self.ledger.heartbeat(cell, cell.progress):
                     yield None
                     return
-                if time.monotonic() - waited > self.spec.grace and (folder / "process").is_file():
-                    _kill_group(int((folder / "process").read_text()))
+                if time.monotonic() - waited > self.spec.grace:
+                    _kill_group_of(folder / "process")
                 time.sleep(min(0.2, self.spec.heartbeat))
             yield lock
         finally:
@@ -218,9 +218,9 @@ def wandb_id(identity: str, key: str) -> str:
 
 
 def progress_of(folder: Path, cell: Cell) -> float:
-    """Share of its steps that a run has logged."""
-    steps, file = cell.settings.get("max_steps"), folder / "run" / "metrics.jsonl"
-    if not steps or not file.is_file():
+    """Share of its steps that a run has logged; 0 where ``max_steps`` does not say how many."""
+    steps, file = cell.settings.get("max_steps") or 0, folder / "run" / "metrics.jsonl"
+    if steps <= 0 or not file.is_file():
         return 0.0
     with file.open("rb") as lines:
         lines.seek(max(0, file.stat().st_size - 65536))
@@ -239,6 +239,13 @@ def _locked(lock: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _kill_group_of(file: Path) -> None:
+    """Kills the processes that a file names, if they are this machine's."""
+    host, _, process = file.read_text().rpartition(" ") if file.is_file() else ("", "", "")
+    if host == socket.gethostname():  # the same number is another process on another machine
+        _kill_group(int(process))
 
 
 def _kill_group(process: int) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy.stats import t
 
 from rlkl.evaluation.kl_estimate import (
     KLEstimation,
@@ -15,7 +16,7 @@ from rlkl.evaluation.kl_estimate import (
 )
 from rlkl.evaluation.kl_estimate.accumulate import Weights
 from rlkl.evaluation.kl_estimate.measure import measure
-from rlkl.evaluation.kl_estimate.page import write_page
+from rlkl.evaluation.kl_estimate.page import _limits, write_page
 from rlkl.models import ModelPair
 
 PROMPTS = ["red", "green blue red", "blue green", "green"]
@@ -211,3 +212,24 @@ def test_padding_between_pairs_of_different_length_changes_nothing(pair, tmp_pat
         torch.testing.assert_close(
             joint.k["rb"][i][joint.mask[i]], alone.k["rb"][0], rtol=1e-4, atol=1e-6
         )
+
+
+def test_a_position_that_few_responses_reach_has_the_interval_of_those_few(pair, tmp_path):
+    """Of 40 responses three have a second token and one a third, of which no spread is known."""
+    lengths = [3, 2, 2] + [1] * 37
+    rows = [
+        {"prompt_ids": [i % 4, i // 4 % 4, i // 16], "completion_ids": [1, 2, 3][:length]}
+        for i, length in enumerate(lengths)
+    ]
+    path = write(tmp_path / "rows.jsonl", rows)
+    profile = replay(pair, path).profile
+    draws = next(ReplayedResponses(pair, path, batch_size=40).batches())
+    kl = measure(pair, draws.responses, 1.0).k["rb"]
+    for position, reach in ((0, 40), (1, 3)):
+        values = kl[:reach, position]
+        half = t.ppf(0.975, reach - 1) * float(values.std()) / reach**0.5
+        assert profile.kl[position] == pytest.approx(float(values.mean()))
+        assert profile.half_width[position] == pytest.approx(half)
+    assert profile.half_width[2] == profile.sampled_half_width[2] == float("inf")
+    wide = replace(profile, half_width=[1e6] * 3)
+    assert _limits(wide) == _limits(profile), "what few say does not flatten the page's figure"

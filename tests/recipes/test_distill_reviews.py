@@ -89,11 +89,19 @@ def test_two_losses_of_two_seeds_end_in_table_plot_and_records(
     monkeypatch.setattr(recipe, "run", None)
     recipe.main()
     assert "AKL minus FKL" in capsys.readouterr().out
-    # Runs with other settings do not mix with these.
-    monkeypatch.setattr(sys, "argv", arguments(tmp_path / "out", max_steps=3))
-    with pytest.raises(SystemExit, match="2"):
-        recipe.main()
-    assert "holds runs with max_steps=2, not 3" in capsys.readouterr().err
+    # Runs with other settings do not mix with these; where they are logged is no such setting.
+    for name, was, now in (
+        ("max_steps", 2, 3),
+        ("gradient_accumulation_steps", 1, 2),
+        ("lr_scheduler_type", "linear", "constant"),
+        ("weight_decay", 0.0, 0.1),
+    ):
+        monkeypatch.setattr(sys, "argv", arguments(tmp_path / "out", **{name: now}))
+        with pytest.raises(SystemExit, match="2"):
+            recipe.main()
+        assert f"holds runs with {name}={was}, not {now}" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", arguments(tmp_path / "out", run_name="x", threads=2))
+    recipe.main()
 
 
 @pytest.mark.parametrize(

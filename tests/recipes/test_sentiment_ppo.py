@@ -69,6 +69,14 @@ def test_two_steps_write_everything_that_the_readme_names(
     assert "Held-out prompts" in capsys.readouterr().out
 
 
+def test_brackets_in_a_text_are_no_markup_that_ends_the_run(
+    folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folders / "prompts.txt").write_text("it is[/i]\n" * 8)
+    run(monkeypatch, "sentiment_ppo.py", arguments(folders, max_steps=1))
+    assert "it is[/i]" in capsys.readouterr().out
+
+
 def test_a_single_step_ends_in_a_summary(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(monkeypatch, "sentiment_ppo.py", arguments(folders, max_steps=1))
     summary = json.loads((folders / "run" / "summary.json").read_text())
@@ -221,6 +229,8 @@ def without_positive_label(folder: Path) -> dict[str, Any]:
         (lambda folder: {"kl_estimator": "k9"}, "k9"),
         (lambda folder: {"learning_rate": "fast"}, "fast"),
         (lambda folder: {"per_device_train_batch_size": 9}, "8 prompts"),
+        (lambda folder: {"best_of_n": 1}, "best_of_n is 1; give at least 2"),
+        (lambda folder: {"num_eval_prompts": -1}, "num_eval_prompts is -1; give at least 2"),
     ],
 )
 def test_bad_input_gets_one_line_exit_code_2_and_writes_nothing(

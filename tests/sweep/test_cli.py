@@ -55,6 +55,23 @@ def test_a_dry_run_lists_the_cells_and_the_time_and_writes_nothing(
     assert {file.name for file in tmp_path.iterdir()} == {"fake.yaml"}
 
 
+def test_a_reference_that_failed_is_not_passed_over(write_spec, tmp_path, monkeypatch, capsys):
+    failing = tmp_path / "evaluator.py"
+    fake = Path(__file__).parent / "fake_evaluator.py"
+    failing.write_text(fake.read_text().replace('{"reward": 0.0}', "None"))
+    spec = write_spec(
+        grid={"kl_coef": [1.0]},
+        seeds=[0],
+        retries=0,
+        settings={"max_steps": 1},
+        evaluation={"script": str(failing), "reference_samples": 8},
+    )
+    assert run(monkeypatch, "run", str(spec), "--out", str(tmp_path / "out"), "--no-report") == 2
+    said = capsys.readouterr()
+    assert "the evaluator wrote no reference" in said.out
+    assert "1 cells failed" in said.err
+
+
 def test_a_dry_run_of_a_search_says_what_is_searched(write_spec, tmp_path, monkeypatch, capsys):
     search = {"configurations": 6, "kl_coef": {"low": 0.01, "high": 1.0, "log": True}}
     spec = str(write_spec(search=search, grid={"kl_estimator": ["k1", "rb"]}))

@@ -77,10 +77,16 @@ def test_prompts_are_cut_as_in_training(settings, folders, make_lm):
     assert points[0] == points[1]
 
 
-def test_a_cell_is_measured_at_its_end_and_its_kept_checkpoints(settings, tmp_path, make_lm):
+@pytest.mark.parametrize("max_steps", [2, -1, None], ids=str)
+def test_a_cell_is_measured_at_its_end_and_its_kept_checkpoints(
+    settings, tmp_path, make_lm, max_steps
+):
+    """Of a run whose length epochs say (−1), or a recipe's default (None), too."""
+    settings["max_steps"] = max_steps
     cell = tmp_path / "cell"
     for name, seed in (("checkpoint-1", 1), ("policy", 2)):
         make_lm(vocab_size=34, seed=seed).save_pretrained(cell / "run" / name)
+    (cell / "run" / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     (cell / "cell.json").write_text(json.dumps({"recipe": "x.py", "evaluation": EVALUATION}))
     (cell / "settings.yaml").write_text(yaml.safe_dump(settings))
     done = subprocess.run(

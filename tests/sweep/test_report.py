@@ -13,12 +13,12 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from rlkl.sweep import figures
-from rlkl.sweep.analysis import Comparison
+from rlkl.sweep.analysis import Comparison, efficiencies
 from rlkl.sweep.export import analyse, frontier_json
 from rlkl.sweep.findings import findings
 from rlkl.sweep.frontier import Estimate
 from rlkl.sweep.records import SweepResult, check_record
-from rlkl.sweep.report import FILES, page, write_report
+from rlkl.sweep.report import FILES, _configuration_rows, page, write_report
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,27 @@ def test_records_that_count_a_run_twice_are_refused(make_result, tmp_path):
             SweepResult.load(joined)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda lines: [*lines[:-1], lines[-1][:40]], "record 7 is not JSON"),
+        (lambda lines: ["[1]", *lines], "its first line names none"),
+        (lambda lines: [*lines, "[1]"], "its first line names none"),
+        (lambda lines: [*lines, '{"run_id": "x"}'], "record 8 has no number step"),
+        (lambda lines: [line.replace('"kl": ', '"k": ') for line in lines], "has no number kl"),
+        (lambda lines: [line.replace('"arm": ', '"brm": ') for line in lines], "this version's"),
+        (lambda lines: [lines[0].replace('"failed"', '"f"'), *lines[1:]], "this version's"),
+        (lambda lines: [line.replace('"judge_se"', '"x"') for line in lines], "number judge_se"),
+    ],
+)
+def test_what_is_no_file_of_records_is_refused(make_result, tmp_path, change, said):
+    file = tmp_path / "records.jsonl"
+    make_result(configurations=2).save(file)
+    file.write_text("\n".join(change(file.read_text().splitlines())))
+    with pytest.raises(ValueError, match=said):
+        SweepResult.load(file)
+
+
 def test_the_page_needs_nothing_from_elsewhere_and_escapes_the_texts(report):
     whole, bundle = (report / "index.html").read_text(), get_plotlyjs()
     assert whole.count(bundle) == 1, "plotly's code stands there once"
@@ -135,6 +156,19 @@ def test_it_says_what_was_tested_and_up_to_where_the_optimum_is_known(make_resul
     assert f"Of the {beyond} runs beyond only upper bounds are known" in said
 
 
+def test_noise_at_almost_no_kl_is_not_the_best_share_of_the_optimum(make_result):
+    """0.05 of reward by chance at 0.001 nats is 17 times the gain of 0.003 that is possible."""
+    result = make_result()
+    points = [replace(p, reward_se=0.1) for p in result.points]
+    points[0] = replace(points[0], kl=0.001, reward=0.05)
+    result = replace(result, points=points)
+    shares = [e.share for e in efficiencies(result)]
+    assert shares[0] > 15 * max(shares[1:])
+    said = " ".join(line["text"] for line in findings(analyse(result, resamples=2)))
+    assert "runs reaches" in said
+    assert "0.00 nats)" not in said
+
+
 def test_runs_below_the_reference_are_counted_and_give_no_upper_bound(make_result, tmp_path):
     result = make_result()
     points = [replace(p, reward=-1.0 if p.kl > 3.4 else p.reward) for p in result.points]
@@ -159,6 +193,24 @@ def test_arms_without_a_common_kl_are_said_not_to_be_compared(make_result):
     )
     assert "no range of KL in common: k1 and rb." in said
     assert "At equal KL" not in said
+
+
+def test_of_many_pairs_of_arms_those_that_differ_most_are_said(make_result):
+    """Twelve arms as in recipes/compare_estimators.yaml: 66 pairs."""
+    result = make_result(configurations=24)
+    points = [
+        replace(p, arm=f"arm {p.configuration % 12}", reward=p.reward + p.configuration % 12)
+        for p in result.points
+    ]
+    analysis = analyse(replace(result, points=points), resamples=5)
+    pairs = len(analysis.reward.comparisons)
+    assert pairs > 20
+    lines = [line["text"] for line in findings(analysis) if "t equal KL" in line["text"]]
+    assert len(lines) < 12
+    assert f" of {pairs} pairs differ" in lines[0]
+    largest = max(abs(c.mean.value) for c in analysis.reward.comparisons)
+    assert f"+{largest:.2f} [" in lines[1]
+    assert f"Of {pairs} pairs the first 6 are drawn" in page(analysis)
 
 
 def test_it_says_when_seeds_are_too_few_and_cells_failed(make_result):
@@ -244,7 +296,41 @@ def test_a_sweep_without_reference_and_judge_is_reported_too(make_result, tmp_pa
     points = [type(p)(**{**vars(p), "judge": None, "judge_se": None}) for p in result.points]
     bare = SweepResult(**{**vars(result), "points": points, "reference": None})
     write_report(bare, tmp_path)
-    assert "held-out judge" not in (tmp_path / "index.html").read_text()
+    page = (tmp_path / "index.html").read_text()
+    assert "held-out judge" not in page
+    assert f"{min(p.reward for p in points):+.2f}: the least reward measured" in page
+
+
+def test_a_judge_that_never_saw_the_reference_is_left_out(make_result):
+    result = make_result(configurations=2)
+    reference = {k: v for k, v in result.reference.items() if not k.startswith("judge")}
+    assert analyse(replace(result, reference=reference), resamples=2).judge is None
+
+
+def test_each_of_twelve_arms_looks_different():
+    arms = [f"arm {number}" for number in range(12)]
+    drawn = figures.styles(arms)
+    assert list(drawn) == arms
+    for style in ((0, 1), (0, 2)):  # colour with matplotlib's marker, colour with plotly's
+        assert len({tuple(drawn[arm][i] for i in style) for arm in arms}) == 12
+
+
+def test_twelve_lines_of_what_is_attained_look_different(make_result):
+    result = make_result(configurations=12, seeds=1)
+    points = [replace(p, arm=f"arm {p.configuration}") for p in result.points]
+    analysis = analyse(replace(result, points=points), resamples=2)
+    lines = figures.interactive_attainment(analysis, analysis.reward).data
+    assert len({(line.line.color, line.line.dash) for line in lines}) == 12
+
+
+def test_a_configurations_efficiency_is_its_own_whatever_it_is_called(make_result):
+    result = make_result(configurations=4)
+    same = [replace(p, label="one name") for p in result.points]
+    of_each = [row[-1] for row in _configuration_rows(analyse(result, resamples=2))]
+    assert len(set(of_each)) == 4
+    assert [
+        row[-1] for row in _configuration_rows(analyse(replace(result, points=same), resamples=2))
+    ] == of_each
 
 
 def test_a_reference_of_few_samples_has_no_known_optimum_and_is_reported(make_result, tmp_path):

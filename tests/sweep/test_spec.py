@@ -149,6 +149,13 @@ def test_arms_are_named_by_what_tells_them_apart(make_spec, grid, arms):
     assert list(dict.fromkeys(spec.arm_name(arm) for arm in spec.arms)) == arms
 
 
+def test_a_label_says_what_a_search_chose(make_spec):
+    fields = {"learning_rate": {"low": 1e-4, "high": 1e-2}, "kl_coef": {"low": 0.1, "high": 1.0}}
+    spec = make_spec(grid={"kl_estimator": ["k1", "rb"]}, search=SearchSpec(fields, 4))
+    chosen = spec.configuration(1, {"learning_rate": 0.003, "kl_coef": 0.5})
+    assert (chosen.arm, chosen.label) == ("rb", "rb kl_coef=0.5 learning_rate=0.003")
+
+
 @pytest.mark.parametrize("name", ["sweep_kl", "sweep_kl_mini", "compare_estimators"])
 def test_the_shipped_sweeps_are_valid(name):
     from pathlib import Path

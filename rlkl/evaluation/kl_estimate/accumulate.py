@@ -128,6 +128,7 @@ class Accumulator:
             {
                 "n": torch.ones(len(mask)),
                 "length": alive.sum(1),
+                "position_n": mask,
                 "position_length": alive,
                 "position_rb": weighted["rb"],
                 "position_k1": weighted["k1"],
@@ -231,15 +232,19 @@ class Accumulator:
         return ratio(self.sums[f"control_{name}"], counts, counts, self.units)
 
     def profile(self) -> Profile:
-        """D_t and u_t by position."""
-        size, counts = self.sums["position_length"], self.sums["n"]
-        exact = ratio(self.sums["position_rb"], size, counts, self.units)
-        sampled = ratio(self.sums["position_k1"], size, counts, self.units)
+        """D_t and u_t by position, each from the units whose responses are that long."""
+        size, counts = self.sums["position_length"], self.sums["position_n"]
+
+        def at_each(name: str) -> list[Interval]:
+            columns = zip(self.sums[name].T, size.T, counts.T, strict=True)
+            return [ratio(*column, self.units) for column in columns]
+
+        exact, sampled = at_each("position_rb"), at_each("position_k1")
         return Profile(
-            kl=exact.mean.tolist(),
-            half_width=exact.half_width.tolist(),
-            sampled=sampled.mean.tolist(),
-            sampled_half_width=sampled.half_width.tolist(),
+            kl=[float(at.mean) for at in exact],
+            half_width=[float(at.half_width) for at in exact],
+            sampled=[float(at.mean) for at in sampled],
+            sampled_half_width=[float(at.half_width) for at in sampled],
             responses=(size.sum(0) / size[:, 0].sum()).tolist(),
         )
 

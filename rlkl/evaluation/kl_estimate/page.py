@@ -12,7 +12,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 import rlkl
-from rlkl.evaluation.kl_estimate.report import KIND, Estimate, KLReport
+from rlkl.evaluation.kl_estimate.report import KIND, Estimate, KLReport, Profile
 
 _INK, _EXACT, _SAMPLED = "#010203", "#0a7d62", "#c0562b"
 """_INK stands for the page's own text colour, which a stylesheet sets."""
@@ -106,6 +106,7 @@ def _profile_svg(report: KLReport) -> str:
     _band(axis, x, profile.sampled, profile.sampled_half_width, _SAMPLED, "sampled (k1)")
     _band(axis, x, profile.kl, profile.half_width, _EXACT, "exact (rb)")
     axis.axhline(0, color=_INK, linewidth=0.6, alpha=0.4)
+    axis.set_ylim(_limits(profile))
     axis.set_xlabel("position in the response", color=_INK)
     axis.set_ylabel("nats per token", color=_INK)
     axis.tick_params(colors=_INK)
@@ -120,6 +121,15 @@ def _profile_svg(report: KLReport) -> str:
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
     return svg[svg.index("<svg") :].replace(_INK, "currentColor")
+
+
+def _limits(profile: Profile) -> tuple[float, float]:
+    """Of the vertical axis, by the means: bands of positions that two or three responses reach
+    would flatten the rest.
+    """
+    means = [0.0, *profile.kl, *profile.sampled]
+    margin = 0.3 * (max(means) - min(means)) or 1.0
+    return min(means) - margin, max(means) + margin
 
 
 def _band(

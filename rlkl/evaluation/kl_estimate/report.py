@@ -55,7 +55,7 @@ class Profile:
     kl: list[float]
     """Mean exact token KL at that position, in nats."""
     half_width: list[float]
-    """Half of its 95% interval."""
+    """Half of its 95% interval; inf where one independent unit alone is that long."""
     sampled: list[float]
     """Mean sampled log-ratio u_t at that position."""
     sampled_half_width: list[float]

@@ -1,0 +1,42 @@
+"""What a worker reads off a cell's folder, and whom it may kill."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlkl.sweep.ledger import open_ledger
+from rlkl.sweep.worker import _kill_group_of, progress_of
+
+
+@pytest.mark.parametrize(("max_steps", "share"), [(4, 0.5), (-1, 0.0), (None, 0.0)], ids=str)
+def test_progress_is_the_share_of_the_steps_where_they_are_known(
+    make_spec, tmp_path, max_steps, share
+):
+    spec = make_spec(settings={"max_steps": max_steps}, grid={"kl_coef": [0.1]}, seeds=[0])
+    ledger = open_ledger(f"sqlite:///{tmp_path}/sweep.db", spec, "identity")
+    ledger.add_configuration(spec.configuration(0), 0)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 2}\n{"step": 3, "lo')
+    assert progress_of(tmp_path, ledger.claim("worker")) == share
+
+
+@pytest.mark.parametrize("host", [socket.gethostname(), "another.machine", None])
+def test_only_this_machines_processes_are_killed(tmp_path: Path, host):
+    sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
+    process = subprocess.Popen(sleeping, start_new_session=True)
+    file = tmp_path / "process"
+    file.write_text("" if host is None else f"{host} {process.pid}")
+    _kill_group_of(file)
+    try:
+        if host == socket.gethostname():
+            assert process.wait(timeout=30) == -9
+        else:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(timeout=0.3)
+    finally:
+        process.kill()
+        process.wait()
+    _kill_group_of(tmp_path / "none")
