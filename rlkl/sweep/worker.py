@@ -208,6 +208,7 @@ class Worker:
                 "wandb_run_id": wandb_id(self.ledger.identity, cell.key),
                 "run_name": f"{cell.label} seed={cell.seed}",
                 "wandb_tags": [cell.arm, *tags, f"seed={cell.seed}"],
+                "wandb_arm": cell.arm,
             }
         return settings
 
