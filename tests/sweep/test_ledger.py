@@ -164,6 +164,38 @@ def test_a_grids_configurations_are_trials_with_the_means_of_their_seeds(url, ma
     assert study.study.best_trials
 
 
+@pytest.mark.parametrize("fresh", [False, True], ids=["same process", "another process"])
+def test_a_study_is_told_of_cells_that_a_retry_rescues(url, make_spec, request, fresh):
+    """A configuration with one of two seeds is told again with both, one without any at last; each
+    once, whoever asks.
+    """
+    grid = {"kl_coef": [0.1, 1.0, 2.0]}
+    spec = make_spec(name=request.node.name, grid=grid, retries=0)
+    ledger = open_ledger(url, spec, "identity")
+    study = ConfigurationStudy(ledger)
+    study.settle()
+
+    def end_all(*fails: str) -> None:
+        while (cell := ledger.claim("worker")) is not None:
+            point = {"kl": 2.0 + cell.seed, "reward": 4.0 + cell.seed}
+            record = {"points": [point], "samples": []}
+            ledger.fail(cell, "no memory") if cell.key in fails else ledger.finish(cell, record)
+
+    end_all("000-seed1", "001-seed0", "001-seed1")
+    study.settle()
+    assert [t.values for t in study.study.get_trials()] == [[2.0, 4.0], None, [2.5, 4.5]]
+    assert ledger.retry() == 3
+    study.settle()
+    end_all("001-seed0")
+    for _ in range(2):
+        study = ConfigurationStudy(ledger) if fresh else study
+        study.settle()
+    told = study.study.get_trials()
+    assert [t.values for t in told[3:]] == [[2.5, 4.5], [3.0, 5.0]]
+    assert [t.params for t in told[3:]] == [{"kl_coef": 0.1}, {"kl_coef": 1.0}]
+    assert [t.user_attrs["configuration"] for t in told[3:]] == [0, 1]
+
+
 def test_a_search_asks_in_turns_for_each_arm_and_learns_from_what_it_is_told(
     url, make_spec, request
 ):
