@@ -317,9 +317,9 @@ def _open(
 
 def _name_in(spec: Path) -> str:
     """The name of the sweep of a YAML, which need not be checked again to look at its results."""
-    import yaml
+    from rlkl.sweep.spec import read_yaml
 
     if not spec.is_file():
         raise FileNotFoundError(f"no such sweep: {spec}")
-    data = yaml.safe_load(spec.read_text())
+    data = read_yaml(spec)
     return str(data.get("name", spec.stem)) if isinstance(data, dict) else spec.stem
