@@ -1,5 +1,6 @@
 """The ledger: of many workers one gets a cell, and a cell ends once; on SQLite and PostgreSQL."""
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -7,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rlkl.sweep.ledger import Ledger, open_ledger
+from rlkl.sweep.driver import begin_sweep
+from rlkl.sweep.ledger import Ledger, engine_of, open_ledger, sweep_names
 from rlkl.sweep.spec import SweepSpec
 from rlkl.sweep.study import ConfigurationStudy
 
@@ -122,6 +124,31 @@ def test_another_sweep_under_the_same_name_is_refused(begin, make_spec):
     other = make_spec(name=ledger.name, grid={"kl_coef": [0.5]})
     with pytest.raises(ValueError, match="other grid"):
         open_ledger(ledger.url, other, "identity")
+
+
+@pytest.mark.parametrize(
+    ("storage", "said"),
+    [
+        ("sqlite://", "ends with its process: name a file"),
+        ("sqlite:///:memory:", "ends with its process: name a file"),
+        ("mysql://me@host/name", "no address such as sqlite:///file.db or postgresql://"),
+        ("sqlite:///file:{}/sweep.db?mode=ro&uri=true", "cannot write to sqlite"),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_refused_in_words(tmp_path, make_spec, storage, said):
+    open_ledger(f"sqlite:///{tmp_path}/sweep.db", make_spec(name="first"), "identity")
+    with pytest.raises(ValueError, match=re.escape(said)):
+        open_ledger(storage.format(tmp_path), make_spec(), "identity")
+
+
+def test_a_folder_of_another_sweep_is_refused_before_the_storage_knows_of_it(tmp_path, make_spec):
+    cell = tmp_path / "out" / "000-seed0"
+    cell.mkdir(parents=True)
+    (cell / "cell.json").write_text('{"sweep": "another"}')
+    url = f"sqlite:///{tmp_path}/sweep.db"
+    with pytest.raises(ValueError, match="choose another --out"):
+        begin_sweep(make_spec(), url, tmp_path / "out")
+    assert sweep_names(engine_of(url)) == []
 
 
 @pytest.mark.parametrize(
