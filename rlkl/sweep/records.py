@@ -188,8 +188,8 @@ def check_record(record: Any, reference: bool) -> None:
     if reference:
         _check_numbers(found, ("reward",), "reference")
         for curve, needed in _CURVES.items():
-            _check_rows(found.get(curve, []), needed, f"reference.{curve}")
-        if found.get("optimal"):  # what the page says of it
+            _check_rows(record[name].get(curve, []), needed, f"reference.{curve}")
+        if record[name].get("optimal"):  # what the page says of it
             _check_numbers(found, ("samples", "trusted_kl"), "reference")
     else:
         for number, point in enumerate(found):

@@ -388,6 +388,12 @@ def _checked_by_recipe(spec: SweepSpec) -> SweepSpec:
             )
     if spec.evaluation.checkpoints and "keep_checkpoints" not in known:
         raise ValueError(f"evaluation.checkpoints needs a recipe that can keep them; {where} can't")
+    lacking = [n for n in EVALUATED_FIELDS if n not in (*known, "max_prompt_length")]
+    if lacking and spec.evaluation.script is None:
+        raise ValueError(
+            f"the evaluator needs settings that {where} does not declare: {', '.join(lacking)}; "
+            "declare them there, or name an evaluator of your own (evaluation.script)"
+        )
     hints = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
     for name, limits in searched.items():
         limits |= _limits_of_field(limits, hints[name], f"search.{name}")

@@ -74,6 +74,7 @@ def test_settings_stand_over_those_of_the_base_config(write_spec, tmp_path):
         ({"evaluation": {"promts": 3}}, "unknown field 'promts'"),
         ({"evaluation": {"checkpoints": True}}, "keep them"),
         ({"evaluation": [1]}, "evaluation is [1]; a mapping"),
+        ({"evaluation": {"prompts": 4}}, "does not declare: model_name_or_path, ref_model_name"),
         ({"evaluation": {"responses_per_prompt": 0}}, "responses_per_prompt is 0"),
         ({"evaluation": {"responses_per_prompt": 1.5}}, "a whole number >= 1"),
         ({"evaluation": {"responses_per_prompt": "x"}}, "evaluation.responses_per_prompt is 'x'"),
