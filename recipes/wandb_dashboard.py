@@ -1,4 +1,4 @@
-"""Builds a Weights & Biases workspace that compares the estimators of a sweep.
+"""Builds a Weights & Biases workspace that compares the arms of a sweep.
 
     python recipes/wandb_dashboard.py --entity me --project rlkl --sweep sweep_kl
 
@@ -15,10 +15,13 @@ import wandb_workspaces.workspaces as workspaces
 
 from rlkl.cli import fail
 
+ARM = "wandb_arm"
+"""Where a run's config names its arm: the estimator, its placement, whatever tells curves apart."""
+
 
 def build_workspace(entity: str, project: str, sweep: str) -> workspaces.Workspace:
-    """Panels: reward vs KL by estimator, KL by every estimator over steps, standard errors,
-    gradient norms; the runs of one sweep, grouped by estimator.
+    """Panels: reward vs KL, KL by every estimator over steps, standard errors, gradient norms; the
+    runs of one sweep, grouped by arm: what the sweep's own page compares.
     """
 
     def over_steps(title: str, *metrics: str) -> panels.LinePlot:
@@ -26,7 +29,7 @@ def build_workspace(entity: str, project: str, sweep: str) -> workspaces.Workspa
             title=title,
             x="Step",
             y=[f"train/{metric}" for metric in metrics],
-            groupby=panels.Config("kl_estimator"),
+            groupby=panels.Config(ARM),
             groupby_aggfunc="mean",
             groupby_rangefunc="stderr",
         )
@@ -80,7 +83,7 @@ def build_workspace(entity: str, project: str, sweep: str) -> workspaces.Workspa
         ],
         runset_settings=workspaces.RunsetSettings(
             filters=[workspaces.Metric("group") == sweep],
-            groupby=[workspaces.Config("kl_estimator")],
+            groupby=[workspaces.Config(ARM)],
         ),
     )
 

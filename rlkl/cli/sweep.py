@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from rlkl.cli.errors import fail, refusing_bad_input
+from rlkl.cli.errors import check_writable, fail, refusing_bad_input
 from rlkl.cli.json_output import write_json
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def run(
             print_plan(console, loaded, workers)
             return
         ledger = begin_sweep(loaded, url, folder)
-    driver = Driver(ledger, folder, workers, threads)
+        driver = Driver(ledger, folder, workers, threads)
     rows = max(10, console.height - 8)
     console.print(f"[dim]{folder}, {url}; Ctrl-C stops with checkpoints[/dim]")
     begin = time.monotonic()
@@ -86,6 +86,8 @@ def run(
         raise SystemExit(130) from None
     except RuntimeError as error:
         fail(str(error))
+    if not console.is_terminal:
+        console.print()  # a live display ends its line on terminals alone
     console.print(f"all cells have ended, after {duration(time.monotonic() - begin)}")
     cells = ledger.cells(records=False)
     if report and any(cell.state == "done" and cell.configuration >= 0 for cell in cells):
@@ -171,6 +173,7 @@ def status(
     rlkl sweep status recipes/sweep_kl.yaml --watch
     """
     with refusing_bad_input():
+        check_writable(json, None)
         ledger = _open(spec, storage, name, out)[0]
     from rlkl.sweep.status import seconds_left, status_table
 
@@ -228,6 +231,7 @@ def frontier(
         from rlkl.sweep.findings import findings
         from rlkl.sweep.records import collect
 
+        check_writable(json, None)
         result = collect(_open(spec, storage, name, out)[0])
     with console.status(f"{len(result.points)} points"):
         analysis = analyse(result)
@@ -317,9 +321,9 @@ def _open(
 
 def _name_in(spec: Path) -> str:
     """The name of the sweep of a YAML, which need not be checked again to look at its results."""
-    import yaml
+    from rlkl.sweep.spec import read_yaml
 
     if not spec.is_file():
         raise FileNotFoundError(f"no such sweep: {spec}")
-    data = yaml.safe_load(spec.read_text())
+    data = read_yaml(spec)
     return str(data.get("name", spec.stem)) if isinstance(data, dict) else spec.stem

@@ -82,7 +82,9 @@ def frontier(result: SweepResult, measure: Measure = "reward", resamples: int = 
         each = replicas.hypervolumes(drawn, reference_point)
         return np.concatenate([each, each[first] - each[second]])
 
-    covered = replicas.interval(volumes, [*([arm] for arm in arms), *pairs], resamples)
+    least = np.repeat([0.0, -np.inf], [len(arms), len(pairs)])  # an area; a difference
+    rests_on = [*([arm] for arm in arms), *pairs]
+    covered = replicas.interval(volumes, rests_on, resamples, bounds=(least, np.inf))
     whole = set(arms) - {cell.arm for cell in result.missing if not cell.measured}
     within = replicas.best_within(kls)
     surfaces = {}
@@ -162,6 +164,14 @@ class Efficiency:
     at least that at their limit, and the share at most this."""
     lower_bound: bool
     """Whether it is beyond with less reward than the reference: the share is between this and 0."""
+
+    @property
+    def known(self) -> bool:
+        """Whether its 95% interval is narrower than from nothing to all of the optimum's gain.
+
+        At little KL the optimum gains little, and the error of a reward may be many times that.
+        """
+        return 2 * 1.96 * self.stderr < 1.0
 
 
 def efficiencies(result: SweepResult) -> list[Efficiency | None]:

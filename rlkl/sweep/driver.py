@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from rlkl.sweep.ledger import Ledger, open_ledger
+from rlkl.sweep.ledger import Ledger, engine_of, open_ledger, sweep_names
 from rlkl.sweep.spec import SweepSpec
 from rlkl.sweep.study import ConfigurationStudy
 from rlkl.sweep.worker import threads_for
@@ -35,12 +35,15 @@ def begin_sweep(spec: SweepSpec, storage: str, folder: Path) -> Ledger:
     Raises:
         ValueError: the folder holds the cells of another sweep, or the storage another spec.
     """
-    ledger = open_ledger(storage, spec, secrets.token_hex(8))
-    for plan in folder.glob("*/cell.json"):
-        if json.loads(plan.read_text())["sweep"] != ledger.identity:
+    owners = {p.parent: json.loads(p.read_text())["sweep"] for p in folder.glob("*/cell.json")}
+    stored = spec.name in sweep_names(engine_of(storage))
+    identity = Ledger(storage, spec.name).identity if stored else secrets.token_hex(8)
+    for cell, owner in owners.items():  # before anything is written
+        if owner != identity:
             raise ValueError(
-                f"{plan.parent} belongs to another sweep; delete {folder}, or choose another --out"
+                f"{cell} belongs to another sweep: choose another --out, or delete {folder}"
             )
+    ledger = open_ledger(storage, spec, identity)
     if spec.evaluation.reference_samples > 0:
         ledger.add_reference()
     ConfigurationStudy(ledger).settle()

@@ -165,6 +165,12 @@ def main() -> None:
     folder = Path(sys.argv[1])
     plan = json.loads((folder / "cell.json").read_text())
     settings = yaml.safe_load((folder / "settings.yaml").read_text())
+    if plan["recipe"] is not None and not (folder / "run" / "policy").is_dir():
+        (folder / "trained").unlink(missing_ok=True)  # so that another attempt trains
+        sys.exit(
+            f"{plan['recipe']} ended with code 0 and left no policy to measure: it must save it in "
+            f"{folder / 'run' / 'policy'}"
+        )
     evaluator = Evaluator(settings, plan["evaluation"])
     record: dict[str, Any] = {"points": [], "samples": []}
     if plan["recipe"] is None:

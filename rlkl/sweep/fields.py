@@ -82,6 +82,24 @@ def _check(value: Any, hint: Any, place: str, bound: AtLeast | None = None) -> N
             _check(item, inner[0], f"{place}[{number}]")
 
 
+def check_number(value: Any, hint: Any, place: str) -> None:
+    """Refuses what is no number for a field that is one, or a number or None.
+
+    A text may say a number (YAML reads 1e-3 as a text): it is left to the parser of the field.
+
+    Raises:
+        ValueError: names the place, its value and what is needed.
+
+    >>> check_number("1e-3", float, "kl_coef")
+    >>> check_number([1, 2], float | None, "kl_coef")
+    Traceback (most recent call last):
+    ValueError: kl_coef is [1, 2]; a number is needed
+    """
+    kinds = set(get_args(hint) or [hint]) - {type(None)}
+    if kinds and kinds <= {int, float} and not isinstance(value, str | None):
+        _check(value, float if float in kinds else int, place)
+
+
 def refuse_unknown(given: Mapping[str, Any], known: list[str], where: str) -> None:
     """Refuses names that are not known, with the nearest one that is.
 

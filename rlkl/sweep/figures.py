@@ -116,7 +116,7 @@ def _hover(analysis: Analysis, index: int) -> str:
     ]
     if point.judge is not None and point.judge_se is not None:
         lines.append(f"judge {point.judge:+.3f} ± {Z * point.judge_se:.3f}")
-    if efficiency is not None:
+    if efficiency is not None and efficiency.known:
         bound = "at most " if efficiency.upper_bound else ""
         bound = "at least " if efficiency.lower_bound else bound
         lines.append(f"{bound}{efficiency.share:.0%} of the optimum's gain at this KL")

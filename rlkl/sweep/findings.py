@@ -3,10 +3,10 @@
 from itertools import combinations, groupby
 from typing import Any
 
-from rlkl.sweep.analysis import Comparison
+from rlkl.sweep.analysis import Comparison, Efficiency, Frontier
 from rlkl.sweep.export import Analysis
 from rlkl.sweep.frontier import Estimate
-from rlkl.sweep.records import SweepResult
+from rlkl.sweep.records import Point, SweepResult
 
 NAMED = 8
 """How many of their kind are named at most: configurations that are missing, pairs of arms."""
@@ -42,17 +42,20 @@ def findings(analysis: Analysis) -> list[dict[str, Any]]:
         named = ", ".join(f"{first} and {second}" for first, second in apart[:NAMED])
         more = f"; and {len(apart) - NAMED} more pairs" if len(apart) > NAMED else ""
         say(f"Not compared at equal KL, as they have no range of KL in common: {named}{more}.")
-    shares = ", ".join(f"{arm} {percent(e)}" for arm, e in front.share_on_front.items())
-    say(f"Share of the reward-vs-KL front: {shares}.")
+    if len(result.arms) > 1:
+        say(_shares(front))
     for arm, found in analysis.over_optimised.items():
         if found is None:
             continue
-        judged = "falls" if found.judge_falls else "does not rise"
+        said, judged, so = (
+            ("Over-optimisation", "falls", "Beyond, the reward says less than it seems")
+            if found.judge_falls
+            else ("Over-optimisation perhaps", "does not rise", "That the judge falls is not shown")
+        )
         say(
-            f"Over-optimisation: with {arm}, from {found.from_kl:.2f} nats on the reward still "
-            f"rises (by {found.reward_rise:.2f} up to {found.to_kl:.2f} nats) while the judge "
-            f"{judged} ({found.judge_change:+.2f}). Beyond, the reward says less than it seems "
-            "(Gao et al., 2022).",
+            f"{said}: with {arm}, from {found.from_kl:.2f} nats on the reward still rises (by "
+            f"{found.reward_rise:.2f} up to {found.to_kl:.2f} nats) while the judge {judged} "
+            f"({found.judge_change:+.2f}). {so} (Gao et al., 2022).",
             warn=True,
         )
     unseen = [arm for arm, found in analysis.over_optimised.items() if found is None]
@@ -72,16 +75,13 @@ def findings(analysis: Analysis) -> list[dict[str, Any]]:
     beyond = [e.share for e, _ in ends if e.upper_bound]
     lost = sum(e.lower_bound for e, _ in ends)
     if reached:
-        # By what is certain: at little KL the optimum gains little, and errors are many times that.
-        best, point = max(reached, key=lambda pair: pair[0].share - 1.96 * pair[0].stderr)
         known = max(p["kl"] for p in result.curve("optimal") if p["trusted"])
         say(
-            f"Where the optimum is known, up to {known:.2f} nats, the best of {len(reached)} runs "
-            f"reaches {best.share:.0%} ± {1.96 * best.stderr:.0%} of the gain that is possible at "
-            f"its KL ({point.label}, seed {point.seed}, {point.kl:.2f} nats)."
+            f"Where the optimum is known, up to {known:.2f} nats, {_best_of(reached)}"
             + (
-                f" Of the {len(beyond)} runs beyond only upper bounds are known, up to "
-                f"{max(beyond):.0%}."
+                f" Of the {len(beyond)} runs beyond only upper bounds are known, the least "
+                f"{min(beyond):.0%}"
+                + (" (100% and more say nothing)." if max(beyond) >= 1 else ".")
                 if beyond
                 else ""
             )
@@ -101,6 +101,38 @@ def findings(analysis: Analysis) -> list[dict[str, Any]]:
     if result.failed:
         say(f"{len(result.failed)} cells failed and are missing here.", warn=True)
     return lines
+
+
+def _best_of(runs: list[tuple[Efficiency, Point]]) -> str:
+    """The run that is surely nearest to the optimum: by the lower end of its interval."""
+    known = [(e, p) for e, p in runs if e.known]
+    if not known:
+        return (
+            f"no share of the possible gain can be told of the {len(runs)} runs: their rewards' "
+            "errors are too large beside it. More evaluation.prompts make them smaller."
+        )
+    best, point = max(known, key=lambda pair: pair[0].share - 1.96 * pair[0].stderr)
+    unknown = f" ({len(runs) - len(known)} too uncertain to tell)" if len(runs) > len(known) else ""
+    return (
+        f"the best of {len(runs)} runs{unknown} reaches {best.share:.0%} ± "
+        f"{1.96 * best.stderr:.0%} of the gain that is possible at its KL ({point.label}, seed "
+        f"{point.seed}, {point.kl:.2f} nats)."
+    )
+
+
+def _shares(front: Frontier) -> str:
+    """Each arm's share of the front; those whose interval holds every share are said together."""
+    shares = front.share_on_front
+    wide = [arm for arm, e in shares.items() if e.ci95 is not None and e.ci95 == (0.0, 1.0)]
+    said = ", ".join(
+        f"{arm} {e.value:.0%}" if arm in wide else f"{arm} {percent(e)}"
+        for arm, e in shares.items()
+    )
+    if len(wide) == len(shares):
+        said += "; the seeds leave it open, every interval is from 0% to 100%"
+    elif wide:
+        said += f"; of {', '.join(wide)} the seeds leave it open, from 0% to 100%"
+    return f"Share of the reward-vs-KL front: {said}."
 
 
 def missing_runs(result: SweepResult) -> list[str]:
@@ -149,7 +181,8 @@ def _said(comparison: Comparison) -> str:
 def _apart(comparison: Comparison) -> str:
     """Where the arms differ all the same: the longest row of KLs whose intervals do not hold 0.
 
-    Rows of one or two say nothing: each interval leaves 0 by chance in one case of twenty.
+    Rows of one or two say nothing: each interval leaves 0 by chance in one case of twenty. Longer
+    ones say little more, for neighbouring KLs rest on the same runs.
     """
     points = [
         (kl, e.value, (e.ci95[0] > 0) - (e.ci95[1] < 0))
@@ -163,7 +196,8 @@ def _apart(comparison: Comparison) -> str:
     ahead = comparison.first if row[0][2] > 0 else comparison.second
     return (
         f" But KL by KL, the intervals from {row[0][0]:.2f} to {row[-1][0]:.2f} nats do not: there "
-        f"{ahead} is ahead, by up to {max(abs(value) for _, value, _ in row):.2f}."
+        f"{ahead} is ahead, by up to {max(abs(value) for _, value, _ in row):.2f}. Each of these "
+        "intervals stands by itself, and equal arms show such a row now and then: a hint."
     )
 
 

@@ -185,7 +185,7 @@ class Replicas:
         statistic: Callable[[Int[np.ndarray, "C S"]], Float[np.ndarray, " K"]],
         rests_on: Sequence[Sequence[str]] | None = None,
         resamples: int = 500,
-        bounds: tuple[float, float] = (-np.inf, np.inf),
+        bounds: tuple[float | Float[np.ndarray, " K"], float] = (-np.inf, np.inf),
         seed: int = 0,
     ) -> list[Estimate]:
         """K numbers of the drawn runs, each with a 95% interval over seeds.

@@ -121,7 +121,13 @@ def engine_of(url: str) -> sa.Engine:
 
 def _engine(url: str) -> sa.Engine:
     parsed = sa.make_url(url)
-    if parsed.get_backend_name() == "sqlite" and parsed.database:
+    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
+        raise exc.NoSuchModuleError
+    if parsed.get_backend_name() == "sqlite":
+        if parsed.database in (None, "", ":memory:"):
+            raise ValueError(
+                f"storage {url!r} ends with its process: name a file, sqlite:///file.db"
+            )
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
         return sa.create_engine(parsed, poolclass=sa.NullPool, connect_args={"timeout": 120})
     if parsed.get_backend_name() == "postgresql":
@@ -397,15 +403,17 @@ def open_ledger(url: str, spec: SweepSpec, identity: str) -> Ledger:
     """
     engine = engine_of(url)
     sweep_names(engine)  # whether it can be reached
-    with engine.begin() as db:
-        for table in METADATA.sorted_tables:
-            db.execute(CreateTable(table, if_not_exists=True))
     try:
+        with engine.begin() as db:
+            for table in METADATA.sorted_tables:
+                db.execute(CreateTable(table, if_not_exists=True))
         with engine.begin() as db:
             row = {"name": spec.name, "identity": identity, "spec": spec.to_json()}
             db.execute(sa.insert(SWEEPS).values(**row, proposing_until=0.0))
     except exc.IntegrityError:  # the primary key: it is there
         pass
+    except exc.DatabaseError as error:
+        raise ValueError(f"cannot write to {engine.url}: {error.orig}") from error
     ledger = Ledger(url, spec.name)
     _same_sweep(ledger.spec, spec, url)
     return ledger

@@ -178,28 +178,57 @@ def check_record(record: Any, reference: bool) -> None:
     """Refuses what is no measurement of a cell.
 
     Raises:
-        ValueError: no points, a point without its numbers, or a number that is not finite.
+        ValueError: no points, a point without its numbers, a number that is not finite, or samples
+            and curves that a report could not show.
     """
     name, kind = ("reference", dict) if reference else ("points", list)
     found = record.get(name) if isinstance(record, dict) else None
     if not found or not isinstance(found, kind):
         raise ValueError(f"the evaluator wrote no {name}")
-    if isinstance(found, dict) and not isinstance(found.get("reward"), int | float):
-        raise ValueError("reference has no number reward")
-    for number, point in enumerate([] if reference else found):
-        _check_point(point, f"points[{number}]")
-    for place in not_finite(found, name):
-        raise ValueError(f"the evaluator measured that {place}")
+    if reference:
+        _check_numbers(found, ("reward",), "reference")
+        for curve, needed in _CURVES.items():
+            _check_rows(record[name].get(curve, []), needed, f"reference.{curve}")
+        if record[name].get("optimal"):  # what the page says of it
+            _check_numbers(found, ("samples", "trusted_kl"), "reference")
+    else:
+        for number, point in enumerate(found):
+            _check_point(point, f"points[{number}]")
+    _check_rows(record.get("samples", []), ("reward",), "samples")
+    if not isinstance(record.get("versions", {}), dict):
+        raise ValueError(f"versions is {record['versions']!r}; a mapping is needed")
+    for place in not_finite(record, ""):
+        raise ValueError(f"the evaluator measured that {place.lstrip('.')}")
 
 
 def _check_point(point: Any, where: str) -> None:
     if not isinstance(point, dict):
         raise ValueError(f"{where} is no mapping")
-    for key in _NEEDED if point.get("judge") is None else (*_NEEDED, "judge", "judge_se"):
-        if not isinstance(point.get(key), int | float):
+    _check_numbers(point, _NEEDED if point.get("judge") is None else _MEASURED, where)
+
+
+def _check_rows(rows: Any, needed: Sequence[str], where: str) -> None:
+    if not isinstance(rows, list):
+        raise ValueError(f"{where} is no list")
+    for number, row in enumerate(rows):
+        _check_numbers(row, needed, f"{where}[{number}]")
+
+
+def _check_numbers(found: Any, needed: Sequence[str], where: str) -> None:
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} is no mapping")
+    for key in needed:
+        value = found.get(key)
+        if not isinstance(value, int | float) or (isinstance(value, bool) and key != "trusted"):
             raise ValueError(f"{where} has no number {key}")
+        if key.endswith("_se") and value < 0:
+            raise ValueError(f"{where}.{key} is {value}; a standard error is at least 0")
 
 
+_CURVES = {
+    "optimal": ("kl", "reward", "reward_se", "trusted"),
+    "best_of_n": ("n", "kl_bound", "reward", "reward_se"),
+}
 _NEEDED = ("step", "kl", "kl_se", "reward", "reward_se")
 _MEASURED = (*_NEEDED, "judge", "judge_se")
 

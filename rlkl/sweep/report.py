@@ -12,6 +12,7 @@ import yaml
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
+from scipy import stats
 
 import rlkl
 from rlkl.sweep import figures
@@ -163,12 +164,14 @@ def _configuration_rows(analysis: Analysis) -> list[list[str]]:
     for point, found in zip(analysis.result.points, analysis.efficiency, strict=True):
         if found is not None and point.last:
             bound = "≤ " if found.upper_bound else "≥ " if found.lower_bound else ""
-            efficiency.setdefault(point.configuration, []).append(f"{bound}{found.share:.0%}")
+            share = f"{bound}{found.share:.0%}" if found.known else "?"
+            efficiency.setdefault(point.configuration, []).append(share)
     rows = []
     for row in analysis.means:
         measures = [n for n in ("kl", "reward", "judge") if n in row]
         sign = {"kl": "", "reward": "+", "judge": "+"}
-        cells = [f"{row[n]:{sign[n]}.2f} ± {Z * row[f'{n}_se']:.2f}" for n in measures]
+        times = stats.t.ppf(0.975, row["seeds"] - 1) if row["seeds"] > 1 else Z
+        cells = [f"{row[n]:{sign[n]}.2f} ± {times * row[f'{n}_se']:.2f}" for n in measures]
         shares = ", ".join(efficiency.get(row["configuration"], []))
         rows.append([row["label"], str(row["seeds"]), *cells, shares])
     return rows

@@ -3,14 +3,14 @@
 import itertools
 import json
 import runpy
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 import yaml
 
-from rlkl.sweep.fields import Above, AtLeast, check_fields, not_finite, refuse_unknown
+from rlkl.sweep.fields import Above, AtLeast, check_fields, check_number, not_finite, refuse_unknown
 
 EVALUATED_FIELDS = (
     "model_name_or_path",
@@ -27,7 +27,8 @@ EVALUATED_FIELDS = (
 )
 """Settings of a recipe that define what is measured: one value for all the cells of a sweep."""
 
-OWN_FIELDS = ("output_dir", "seed", "wandb_group", "wandb_run_id", "keep_checkpoints", "config")
+OWN_FIELDS = ("output_dir", "seed", "wandb_group", "wandb_run_id", "wandb_arm")
+OWN_FIELDS += ("keep_checkpoints", "config")
 """Settings that the sweep itself gives to a cell."""
 
 STRENGTH = "kl_coef"
@@ -59,11 +60,11 @@ class SearchSpec:
 
     fields: dict[str, dict[str, Any]]
     """Each ``{low, high, log}``."""
-    configurations: int
+    configurations: Annotated[int, AtLeast(1)]
     """How many are tried in all, in turns over the points of the grid."""
     sampler: str = "tpe"
     """tpe, nsgaii or random; objectives: least KL, most reward."""
-    seed: int = 0
+    seed: Annotated[int, AtLeast(0)] = 0
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,9 @@ class SweepSpec:
     def configuration(self, number: int, searched: Mapping[str, Any] | None = None):
         """The configuration of that number; `searched` are the values a sampler chose."""
         point = self.arms[number % len(self.arms)] | dict(searched or {})
-        along = dict.fromkeys([STRENGTH, *(self.search.fields if self.search else ())])
-        label = " ".join([self.arm_name(point), *_assignments(point, along)])
+        chosen = self.search.fields if self.search else {}
+        along = dict.fromkeys([STRENGTH, *chosen])
+        label = " ".join([self.arm_name(point), *_assignments(point, along, chosen)])
         return Configuration(number, self.arm_name(point), label, {**self.settings, **point})
 
     def arm_name(self, point: Mapping[str, Any]) -> str:
@@ -167,13 +169,19 @@ class SweepSpec:
         )
 
 
-def _assignments(point: Mapping[str, Any], names: Any) -> list[str]:
-    """``name=value`` of those that are set; numbers short."""
+def _assignments(
+    point: Mapping[str, Any], names: Iterable[str], chosen: Container[str] = ()
+) -> list[str]:
+    """``name=value`` of those that are set; numbers with four digits where they have no more, or a
+    sampler has chosen them.
+    """
 
-    def short(value: Any) -> str:
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
+    def said(name: str, value: Any) -> str:
+        short = f"{value:.4g}" if isinstance(value, float) else str(value)
+        exact = not isinstance(value, float) or float(short) == value
+        return short if exact or name in chosen else str(value)
 
-    return [f"{name}={short(point[name])}" for name in names if name in point]
+    return [f"{name}={said(name, point[name])}" for name in names if name in point]
 
 
 def load_spec(path: str | Path) -> SweepSpec:
@@ -187,7 +195,7 @@ def load_spec(path: str | Path) -> SweepSpec:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such sweep: {path}")
-    given = yaml.safe_load(path.read_text())
+    given = read_yaml(path)
     if not isinstance(given, dict):
         raise ValueError(f"{path} is no mapping; it needs at least recipe, grid and seeds")
     data: dict[str, Any] = {"name": path.stem}
@@ -203,7 +211,7 @@ def load_spec(path: str | Path) -> SweepSpec:
     base: dict[str, Any] = {}
     if data.get("config"):
         config = _beside(path, data["config"], "config")
-        base, data["config"] = yaml.safe_load(config.read_text()) or {}, str(config)
+        base, data["config"] = read_yaml(config) or {}, str(config)
         if not isinstance(base, dict):
             raise ValueError(f"config {config} is no mapping of settings")
     base = {k: v for k, v in base.items() if k not in OWN_FIELDS}
@@ -215,6 +223,29 @@ def load_spec(path: str | Path) -> SweepSpec:
     )
     _check_shape(spec)
     return _checked_by_recipe(spec)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, where PyYAML would take the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key} stands twice in one mapping; merge them", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file says.
+
+    Raises:
+        yaml.YAMLError: names the file and the line.
+    """
+    with path.open("rb") as file:  # bytes: what is not UTF-8 is an error that names the file too
+        return yaml.load(file, _Loader)
 
 
 def _beside(spec: Path, name: str, what: str) -> Path:
@@ -239,6 +270,8 @@ def _search(data: Any) -> SearchSpec:
         if not isinstance(limits, dict) or not {"low", "high"} <= limits.keys():
             raise ValueError(f"search.{name} is {limits!r}; give {{low: , high: , log: true}}")
         refuse_unknown(limits, ["low", "high", "log"], f"search.{name}")
+        if not isinstance(limits.get("log", False), bool):
+            raise ValueError(f"search.{name}.log is {limits['log']!r}; true or false is needed")
         limits |= {end: _number(limits[end], f"search.{name}.{end}") for end in ("low", "high")}
         if not limits["low"] < limits["high"] or (limits.get("log") and limits["low"] <= 0):
             raise ValueError(f"search.{name} is {limits!r}; low < high, and low > 0 where log")
@@ -258,8 +291,28 @@ def _number(value: Any, place: str) -> float:
 def _check_shape(spec: SweepSpec) -> None:
     for where in not_finite(asdict(spec), "the spec"):
         raise ValueError(f"{where.removeprefix('the spec.')}; a finite number is needed")
-    if spec.name in ("", ".", "..") or Path(spec.name).name != spec.name or len(spec.name) > 200:
-        raise ValueError(f"name is {spec.name!r}; it names a folder: no / and at most 200 letters")
+    try:
+        spec.to_json()
+    except TypeError as error:
+        raise ValueError(
+            f"{error}: a setting is a number, a text, true or false, a list or a mapping; put a "
+            "date in quotes"
+        ) from error
+    folder = spec.name.strip() not in ("", ".", "..") and Path(spec.name).name == spec.name
+    if not folder or not spec.name.isprintable() or len(spec.name.encode()) > 200:
+        raise ValueError(
+            f"name is {spec.name[:250]!r}; it names a folder: letters, no / and at most 200"
+        )
+    axes = [
+        name
+        for axis, values in spec.grid.items()
+        for name in dict.fromkeys(
+            n for v in values for n in (v if isinstance(v, Mapping) else [axis])
+        )
+    ]
+    for name in axes:
+        if axes.count(name) > 1:
+            raise ValueError(f"{name} is set by two axes of the grid; leave it to one of them")
     for axis, values in spec.grid.items():
         if not values:
             raise ValueError(f"grid.{axis} is []; give a list of values")
@@ -267,6 +320,8 @@ def _check_shape(spec: SweepSpec) -> None:
         raise ValueError("seeds is []; at least one seed is needed")
     if len(set(spec.seeds)) < len(spec.seeds):
         raise ValueError(f"seeds are {spec.seeds}; a seed stands twice")
+    if max(*spec.seeds, spec.evaluation.seed) >= 2**31:
+        raise ValueError(f"a seed is {max(*spec.seeds, spec.evaluation.seed)}; use less than 2^31")
     if spec.evaluation.reference_samples == 1:
         raise ValueError("evaluation.reference_samples is 1; use 0 for none, or at least 2")
     if spec.grace <= 2 * spec.heartbeat:
@@ -277,19 +332,32 @@ def _check_shape(spec: SweepSpec) -> None:
     for name in spec.search.fields if spec.search else ():
         if any(name in arm for arm in spec.arms):
             raise ValueError(f"{name} stands in grid and in search; choose one of them")
-    points = [json.dumps(arm, sort_keys=True) for arm in spec.arms]
-    if len(set(points)) < len(points):
-        raise ValueError("two points of the grid are the same")
+    if spec.search and spec.search.configurations < len(spec.arms):
+        raise ValueError(
+            f"search.configurations is {spec.search.configurations}, and the grid has "
+            f"{len(spec.arms)} points that take turns: give at least as many"
+        )
 
 
 def recipe_settings(recipe: str) -> tuple[type, ...]:
     """The dataclasses of a recipe's settings: what it declares as ``SETTINGS``.
 
     Raises:
-        ValueError: it declares none.
+        ValueError: it declares none, or cannot be read.
     """
-    declared = runpy.run_path(recipe, run_name="rlkl.sweep.spec").get("SETTINGS")
-    if not declared:
+    try:
+        declared = runpy.run_path(recipe, run_name="rlkl.sweep.spec").get("SETTINGS")
+    except (Exception, SystemExit) as error:  # anything may stand in a script
+        raise ValueError(
+            f"{recipe} cannot be read for its SETTINGS: {type(error).__name__}: {error}. Importing "
+            "it must do no more than define them: what it does belongs under "
+            "if __name__ == '__main__'"
+        ) from error
+    if (
+        not isinstance(declared, tuple | list)
+        or not declared
+        or not all(map(is_dataclass, declared))
+    ):
         raise ValueError(
             f"{recipe} declares no SETTINGS (a tuple of the dataclasses it reads), so that a sweep "
             "could check its cells before they start"
@@ -320,20 +388,36 @@ def _checked_by_recipe(spec: SweepSpec) -> SweepSpec:
             )
     if spec.evaluation.checkpoints and "keep_checkpoints" not in known:
         raise ValueError(f"evaluation.checkpoints needs a recipe that can keep them; {where} can't")
+    lacking = [n for n in EVALUATED_FIELDS if n not in (*known, "max_prompt_length")]
+    if lacking and spec.evaluation.script is None:
+        raise ValueError(
+            f"the evaluator needs settings that {where} does not declare: {', '.join(lacking)}; "
+            "declare them there, or name an evaluator of your own (evaluation.script)"
+        )
     hints = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
     for name, limits in searched.items():
         limits |= _limits_of_field(limits, hints[name], f"search.{name}")
     filled: dict[str, Any] = {}
+    points: list[tuple[list[Any], str]] = []
     lows = {name: limits["low"] for name, limits in searched.items()}
     for number, arm in enumerate(spec.arms):
         configuration = spec.configuration(number, lows)
         for name, value in configuration.settings.items():
             if value is None and type(None) not in get_args(hints[name]):
                 raise ValueError(f"{configuration.label}: {name} is null; give a value")
+            check_number(value, hints[name], f"{configuration.label}: {name}")
         # What a sweep leaves to the recipe, and its records name all the same.
         defaults = [n for n in (*EVALUATED_FIELDS, STRENGTH) if n not in {**arm, **lows}]
-        for parsed in _parse(classes, configuration):
-            filled |= {n: getattr(parsed, n) for n in defaults if hasattr(parsed, n)}
+        parsed = _parse(classes, configuration)
+        whole = {name: getattr(p, name) for p in parsed for name in _names(type(p))}
+        filled |= {name: whole[name] for name in defaults if name in whole}
+        point = [whole[name] for name in sorted(varied)]
+        for other, label in points:
+            if other == point:
+                raise ValueError(
+                    f"two points of the grid are the same: {label}, {configuration.label}"
+                )
+        points.append((point, configuration.label))
         _check_estimator(configuration)
     values = asdict(spec) | {"settings": {**spec.settings, **filled}}
     return SweepSpec.from_json(json.dumps(values))

@@ -64,7 +64,7 @@ def status_table(cells: Sequence[Cell], spec: SweepSpec, workers: int, rows: int
     silent: any worker that asks for work will take it.
     """
     count = Counter(cell.state for cell in cells)
-    said = ", ".join(f"{count[s]} {s}" for s in _COLOURS if count[s])
+    said = ", ".join(f"{count[s]} {s}" for s in _COLOURS if count[s]) or "no cells yet"
     left = duration(seconds_left(cells, spec, workers))
     head = Text(f"{spec.name}: {said}; time left with {workers} worker(s): {left}", style="bold")
     order = {"failed": 0, "running": 1, "done": 2, "waiting": 3}

@@ -25,14 +25,16 @@ class ConfigurationStudy:
     """Asks for configurations and tells what became of them.
 
     A trial is a configuration; its seeds are cells of the ledger. Its two values are the means over
-    them. The study says which configurations there are; which cell is run by whom is the ledger's.
+    them; where `rlkl sweep retry` has measured more of them since, another trial of the same
+    settings has the new means, for Optuna's finished trials cannot be changed. The study says which
+    configurations there are; which cell is run by whom is the ledger's.
     Every method may be called by several processes, and again after one was killed in it.
     """
 
     def __init__(self, ledger: Ledger) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.ledger, self.spec = ledger, ledger.spec
-        self._told: set[int] = set()
+        self._told: dict[int, list[str]] = {}
         url = engine_of(ledger.url).url
         options: dict[str, Any] = {"poolclass": NullPool}
         if url.get_backend_name() == "sqlite":
@@ -54,10 +56,11 @@ class ConfigurationStudy:
         by_number: dict[int, list[Cell]] = defaultdict(list)
         for cell in cells:
             by_number[cell.configuration].append(cell)
-        for number in by_number.keys() - self._told:
-            if all(cell.state in ("done", "failed") for cell in by_number[number]):
-                self._tell(by_number[number])
-                self._told.add(number)
+        for number, own in by_number.items():
+            states = [cell.state for cell in own]
+            ended = all(state in ("done", "failed") for state in states)
+            if ended and self._told.get(number) != states and self._tell(own):
+                self._told[number] = states
         missing = [n for n in range(self.spec.num_configurations) if n not in by_number]
         idle = not any(cell.state == "waiting" for cell in cells)
         if missing and (self.spec.search is None or idle):
@@ -83,7 +86,8 @@ class ConfigurationStudy:
         if not self.ledger.add_configuration(configuration, trial.number):
             self.study.tell(trial, state=TrialState.FAIL)
 
-    def _tell(self, cells: list[Cell]) -> None:
+    def _tell(self, cells: list[Cell]) -> bool:
+        """Whether the study knows the means of these cells now."""
         number = cells[0].trial
         records = [self.ledger.cell(cell.key).record for cell in cells if cell.state == "done"]
         ends = [record["points"][-1] for record in records if record]
@@ -93,6 +97,29 @@ class ConfigurationStudy:
             values = [float(np.mean([end[name] for end in ends])) for name in ("kl", "reward")]
         with suppress(UpdateFinishedTrialError):  # another worker was first, with the same values
             self.study.tell(number, values, state=state, skip_if_finished=True)
+        return values is None or self._tell_again(number, values)
+
+    def _tell_again(self, number: int, values: list[float]) -> bool:
+        """Adds a trial like `number` with these values, unless one of them has them already."""
+
+        def known() -> bool:
+            trials = self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+            same = [t for t in trials if t.number == number or t.user_attrs.get("of") == number]
+            return any(np.allclose(trial.values, values, rtol=1e-12, atol=0) for trial in same)
+
+        if known():
+            return True
+        with self.ledger.proposing() as alone:
+            if alone and not known():
+                first = self.study.get_trials(deepcopy=False)[number]
+                again = optuna.trial.create_trial(
+                    values=values,
+                    params=first.params,
+                    distributions=first.distributions,
+                    user_attrs=first.user_attrs | {"of": number},
+                )
+                self.study.add_trial(again)
+        return alone
 
     def _searched(self) -> dict[str, dict[str, Any]]:
         return self.spec.search.fields if self.spec.search else {}

@@ -43,7 +43,7 @@ def log_summary(analysis: Analysis, folder: Path, identity: str) -> None:
 
 
 _COLUMNS = ("run_id", "arm", "kl_coef", "seed", "step", "kl", "kl_se", "reward", "reward_se")
-_COLUMNS += ("judge", "judge_se", "on_front", "efficiency")
+_COLUMNS += ("judge", "judge_se", "on_front", "efficiency", "efficiency_se")
 
 
 def _charts(analysis: Analysis) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A worker: takes cells one after the other and runs each as a process of its own."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -51,6 +52,9 @@ class Worker:
         self.threads, self.recipe = threads, recipe or ledger.spec.recipe
         self.stop, self.parent = stop or threading.Event(), parent
         self.name = f"{socket.gethostname()}/{os.getpid()}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.folder))
         if not Path(self.recipe).is_file():
             raise FileNotFoundError(
                 f"no such recipe here: {self.recipe}; name this machine's copy by --recipe"
@@ -98,7 +102,9 @@ class Worker:
         if code == 0 and points.is_file():
             self._finish(cell, points)
         elif code == 0:
-            self.ledger.fail(cell, f"the evaluator wrote no {points.name}")
+            self.ledger.fail(
+                cell, f"the evaluator wrote no {points.name}\n{_tail(folder / 'output.log')}"
+            )
         elif self._told_to_stop():
             self.ledger.release(cell)
         else:
@@ -208,6 +214,7 @@ class Worker:
                 "wandb_run_id": wandb_id(self.ledger.identity, cell.key),
                 "run_name": f"{cell.label} seed={cell.seed}",
                 "wandb_tags": [cell.arm, *tags, f"seed={cell.seed}"],
+                "wandb_arm": cell.arm,
             }
         return settings
 
@@ -218,14 +225,17 @@ def wandb_id(identity: str, key: str) -> str:
 
 
 def progress_of(folder: Path, cell: Cell) -> float:
-    """Share of its steps that a run has logged; 0 where ``max_steps`` does not say how many."""
-    steps, file = cell.settings.get("max_steps") or 0, folder / "run" / "metrics.jsonl"
-    if steps <= 0 or not file.is_file():
+    """Share of its steps that a run has logged; 0 where ``max_steps`` or the log does not say."""
+    steps, file = cell.settings.get("max_steps"), folder / "run" / "metrics.jsonl"
+    if not isinstance(steps, int) or steps <= 0 or not file.is_file():
         return 0.0
     with file.open("rb") as lines:
         lines.seek(max(0, file.stat().st_size - 65536))
         whole = [line for line in lines.read().split(b"\n")[:-1] if line.startswith(b"{")]
-    return min(1.0, json.loads(whole[-1])["step"] / steps) if whole else 0.0
+    try:
+        return min(1.0, float(json.loads(whole[-1])["step"]) / steps)
+    except (IndexError, KeyError, TypeError, ValueError):  # no line yet, or another kind of log
+        return 0.0
 
 
 def _tail(log: Path) -> str:

@@ -32,6 +32,10 @@ class RunArguments(TrainingArguments):
         metadata={"help": "W&B id; None: a new one, kept in output_dir over resumes."},
     )
     wandb_tags: list[str] = field(default_factory=list, metadata={"help": "Further W&B tags."})
+    wandb_arm: str | None = field(
+        default=None,
+        metadata={"help": "What is compared, in the W&B config: a sweep's runs of one arm."},
+    )
 
     # Defaults of TrainingArguments that differ.
     logging_steps: float = field(default=1, metadata={"help": "Steps between logs."})

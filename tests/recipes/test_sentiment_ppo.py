@@ -130,7 +130,8 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_records_each_step_once(
         with pytest.raises(KeyboardInterrupt):
             run(patch, "sentiment_ppo.py", words)
     assert not (folders / "run" / "summary.json").exists()
-    run(monkeypatch, "sentiment_ppo.py", words)
+    # A sweep says the arm; one that began before it did goes on all the same.
+    run(monkeypatch, "sentiment_ppo.py", [*words, "--wandb_arm", "rb"])
     lines = (folders / "run" / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in lines]
     assert [record["step"] for record in steps if "kl/rb" in record] == [1, 2, 3, 4]

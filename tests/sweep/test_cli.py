@@ -7,6 +7,7 @@ import pytest
 
 from rlkl.cli.main import main
 from rlkl.sweep.driver import begin_sweep, default_storage
+from rlkl.sweep.ledger import open_ledger
 from rlkl.sweep.spec import load_spec
 
 RECORDS = Path(__file__).parents[2] / "notebooks" / "sweep_kl.jsonl"
@@ -99,12 +100,16 @@ def test_a_dry_run_of_a_search_says_what_is_searched(write_spec, tmp_path, monke
         (["report", "--records", "head.jsonl"], "no points: none of its runs was done. Go on with"),
         (["report", "--records", str(RECORDS), "--out", "bad.yaml/report"], "bad.yaml"),
         (["wander"], "wander"),
+        (["work", "--storage", "sqlite:///begun.db", "--out", "bad.yaml/x"], "bad.yaml/x"),
+        (["frontier", "--storage", "sqlite:///begun.db", "--json", "none/x"], "there is no folder"),
+        (["status", "--storage", "sqlite:///begun.db", "--json", "none/x"], "there is no folder"),
     ],
 )
 def test_nonsense_is_one_line_and_exit_code_2(
-    write_spec, tmp_path, monkeypatch, capsys, words, message
+    write_spec, make_spec, tmp_path, monkeypatch, capsys, words, message
 ):
     monkeypatch.chdir(tmp_path)
+    open_ledger("sqlite:///begun.db", make_spec(), "identity")
     write_spec(grid={"kl_coeff": [0.1]}).rename(tmp_path / "bad.yaml")
     Path("text.db").write_text("no database " * 200)
     Path("head.jsonl").write_text(RECORDS.read_text().split("\n")[0])

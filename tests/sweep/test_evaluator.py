@@ -101,3 +101,20 @@ def test_a_cell_is_measured_at_its_end_and_its_kept_checkpoints(
     assert {"kl", "kl_se", "reward", "reward_se", "judge", "judge_se"} <= record["points"][0].keys()
     assert record["versions"]["torch"] == torch.__version__
     assert not (cell / "run" / "checkpoint-1").exists()
+
+
+def test_a_recipe_that_left_no_policy_is_named_and_trains_again(settings, tmp_path):
+    """Code 0 and nothing to measure: a retry would otherwise measure the same nothing."""
+    (tmp_path / "trained").touch()
+    (tmp_path / "cell.json").write_text(json.dumps({"recipe": "x.py", "evaluation": EVALUATION}))
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
+    done = subprocess.run(
+        [sys.executable, "-m", "rlkl.sweep.evaluator", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "x.py ended with code 0 and left no policy" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "trained").exists()

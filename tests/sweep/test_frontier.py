@@ -209,6 +209,14 @@ def test_a_number_that_rests_on_a_configuration_of_one_seed_has_no_interval(make
     assert {e.ci95 for e in front.attained["rb"]} == {None}
 
 
+def test_the_interval_of_an_area_ends_at_nothing_and_that_of_a_difference_does_not(make_result):
+    result = make_result(configurations=4, seeds=2)
+    low = [replace(p, reward=p.reward - 1.2 * p.seed, judge=None) for p in result.points]
+    front = frontier(replace(result, points=low), resamples=20)
+    assert {e.ci95[0] for e in front.hypervolume.values()} == {0.0}
+    assert front.hypervolume_difference["k1", "rb"].ci95[0] < 0
+
+
 def test_resampling_keeps_every_configuration_and_its_own_runs():
     made = replicas(np.arange(12.0).reshape(4, 3))
     drawn = made.resamples(200, seed=0)

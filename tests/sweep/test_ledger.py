@@ -1,5 +1,6 @@
 """The ledger: of many workers one gets a cell, and a cell ends once; on SQLite and PostgreSQL."""
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -7,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rlkl.sweep.ledger import Ledger, open_ledger
+from rlkl.sweep.driver import begin_sweep
+from rlkl.sweep.ledger import Ledger, engine_of, open_ledger, sweep_names
 from rlkl.sweep.spec import SweepSpec
 from rlkl.sweep.study import ConfigurationStudy
 
@@ -125,6 +127,31 @@ def test_another_sweep_under_the_same_name_is_refused(begin, make_spec):
 
 
 @pytest.mark.parametrize(
+    ("storage", "said"),
+    [
+        ("sqlite://", "ends with its process: name a file"),
+        ("sqlite:///:memory:", "ends with its process: name a file"),
+        ("mysql://me@host/name", "no address such as sqlite:///file.db or postgresql://"),
+        ("sqlite:///file:{}/sweep.db?mode=ro&uri=true", "cannot write to sqlite"),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_refused_in_words(tmp_path, make_spec, storage, said):
+    open_ledger(f"sqlite:///{tmp_path}/sweep.db", make_spec(name="first"), "identity")
+    with pytest.raises(ValueError, match=re.escape(said)):
+        open_ledger(storage.format(tmp_path), make_spec(), "identity")
+
+
+def test_a_folder_of_another_sweep_is_refused_before_the_storage_knows_of_it(tmp_path, make_spec):
+    cell = tmp_path / "out" / "000-seed0"
+    cell.mkdir(parents=True)
+    (cell / "cell.json").write_text('{"sweep": "another"}')
+    url = f"sqlite:///{tmp_path}/sweep.db"
+    with pytest.raises(ValueError, match="choose another --out"):
+        begin_sweep(make_spec(), url, tmp_path / "out")
+    assert sweep_names(engine_of(url)) == []
+
+
+@pytest.mark.parametrize(
     ("name", "other"),
     [("recipe", "/elsewhere/recipe.py"), ("retries", 9), ("heartbeat", 0.3), ("grace", 60.0)],
 )
@@ -162,6 +189,38 @@ def test_a_grids_configurations_are_trials_with_the_means_of_their_seeds(url, ma
     assert [trial.values for trial in trials] == [[2.5, 4.5]] * 4
     assert [t.params["kl_coef"] for t in trials] == [0.1, 1.0, 0.1, 1.0]
     assert study.study.best_trials
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["same process", "another process"])
+def test_a_study_is_told_of_cells_that_a_retry_rescues(url, make_spec, request, fresh):
+    """A configuration with one of two seeds is told again with both, one without any at last; each
+    once, whoever asks.
+    """
+    grid = {"kl_coef": [0.1, 1.0, 2.0]}
+    spec = make_spec(name=request.node.name, grid=grid, retries=0)
+    ledger = open_ledger(url, spec, "identity")
+    study = ConfigurationStudy(ledger)
+    study.settle()
+
+    def end_all(*fails: str) -> None:
+        while (cell := ledger.claim("worker")) is not None:
+            point = {"kl": 2.0 + cell.seed, "reward": 4.0 + cell.seed}
+            record = {"points": [point], "samples": []}
+            ledger.fail(cell, "no memory") if cell.key in fails else ledger.finish(cell, record)
+
+    end_all("000-seed1", "001-seed0", "001-seed1")
+    study.settle()
+    assert [t.values for t in study.study.get_trials()] == [[2.0, 4.0], None, [2.5, 4.5]]
+    assert ledger.retry() == 3
+    study.settle()
+    end_all("001-seed0")
+    for _ in range(2):
+        study = ConfigurationStudy(ledger) if fresh else study
+        study.settle()
+    told = study.study.get_trials()
+    assert [t.values for t in told[3:]] == [[2.5, 4.5], [3.0, 5.0]]
+    assert [t.params for t in told[3:]] == [{"kl_coef": 0.1}, {"kl_coef": 1.0}]
+    assert [t.user_attrs["configuration"] for t in told[3:]] == [0, 1]
 
 
 def test_a_search_asks_in_turns_for_each_arm_and_learns_from_what_it_is_told(

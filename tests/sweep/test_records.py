@@ -27,6 +27,14 @@ def test_a_measurement_is_taken():
         ({"points": []}, True, "wrote no reference"),
         ({"reference": [1.0]}, True, "wrote no reference"),
         ({"reference": {"reward": float("inf")}}, True, "reward is inf"),
+        ({"points": [POINT | {"kl": True}]}, False, "no number kl"),
+        ({"points": [POINT | {"reward_se": -1.0}]}, False, r"\[0\].reward_se is -1.0; a standard"),
+        ({"points": [POINT], "samples": "text"}, False, "samples is no list"),
+        ({"points": [POINT], "samples": [{"prompt": "a"}]}, False, r"samples\[0\] has no number"),
+        ({"points": [POINT], "versions": 3}, False, "versions is 3; a mapping"),
+        ({"reference": {"reward": 0.0, "optimal": {}}}, True, "reference.optimal is no list"),
+        ({"reference": {"reward": 0.0, "optimal": [{"kl": 1.0}]}}, True, r"optimal\[0\] has no"),
+        ({"reference": {"reward": 0.0, "best_of_n": [3]}}, True, r"best_of_n\[0\] is no mapping"),
     ],
 )
 def test_what_is_no_measurement_is_refused_in_words(record, reference, said):

@@ -141,7 +141,7 @@ def test_a_row_of_kls_that_differ_is_said_though_the_mean_does_not(make_result, 
     first = findings(replace(analysis, reward=reward))[0]["text"]
     assert said in first
     assert first.endswith(".")
-    assert ("KL by KL" in first) == ("ahead" in said)
+    assert ("KL by KL" in first) == ("ahead" in said) == first.endswith("now and then: a hint.")
 
 
 def test_it_says_what_was_tested_and_up_to_where_the_optimum_is_known(make_result):
@@ -165,8 +165,70 @@ def test_noise_at_almost_no_kl_is_not_the_best_share_of_the_optimum(make_result)
     shares = [e.share for e in efficiencies(result)]
     assert shares[0] > 15 * max(shares[1:])
     said = " ".join(line["text"] for line in findings(analyse(result, resamples=2)))
-    assert "runs reaches" in said
+    assert "runs (1 too uncertain to tell) reaches" in said
     assert "0.00 nats)" not in said
+
+
+def test_a_share_of_the_optimum_that_says_nothing_is_not_given_as_a_number(make_result):
+    """Rewards known to ± 20 where about 2 can be gained: any number would be "-17% ± 1337%"."""
+    result = make_result(configurations=4)
+    noisy = [replace(p, kl=p.kl / 2, reward_se=10.0) for p in result.points]
+    analysis = analyse(replace(result, points=noisy), resamples=2)
+    assert not any(e.known for e in analysis.efficiency)
+    said = " ".join(line["text"] for line in findings(analysis))
+    assert "no share of the possible gain can be told of the 12 runs" in said
+    assert "of the gain that is possible" not in said
+    assert {row[-1] for row in _configuration_rows(analysis)} == {"?, ?, ?"}
+    for shown in (analysis, analyse(result, resamples=2)):
+        hover = figures.interactive_frontier(shown, shown.reward).to_json()
+        assert ("gain at this KL" in hover) == (shown is not analysis)
+
+
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [
+        ([(0.2, 0.6), (0.4, 0.8)], "k1 40% [20%, 60%], rb 60% [40%, 80%]."),
+        ([(0.0, 1.0), (0.0, 1.0)], "k1 40%, rb 60%; the seeds leave it open"),
+        ([(0.0, 1.0), (0.1, 1.0)], "k1 40%, rb 60% [10%, 100%]; of k1 the seeds leave it open"),
+        ([None, None], "k1 40%, rb 60%."),
+    ],
+)
+def test_an_interval_that_holds_every_share_is_said_in_words(make_result, shares, said):
+    analysis = analyse(make_result(configurations=4), resamples=2)
+    estimates = {
+        arm: Estimate(value, ci95)
+        for arm, value, ci95 in zip(("k1", "rb"), (0.4, 0.6), shares, strict=True)
+    }
+    reward = replace(analysis.reward, share_on_front=estimates)
+    lines = [line["text"] for line in findings(replace(analysis, reward=reward))]
+    assert any(f"Share of the reward-vs-KL front: {said}" in line for line in lines), lines
+
+
+def test_of_one_arm_no_share_is_said(make_result):
+    result = make_result(configurations=4)
+    alone = replace(result, points=[p for p in result.points if p.arm == "rb"])
+    said = " ".join(line["text"] for line in findings(analyse(alone, resamples=2)))
+    assert "Share" not in said
+
+
+def test_a_judge_that_is_not_shown_to_fall_is_no_proof(make_result):
+    """The reward rises with every configuration, the judge stays where it is, up to noise."""
+    result = make_result()
+    flat = [replace(p, judge=0.01 * (p.seed - 1) - 0.001 * p.configuration) for p in result.points]
+    lines = [line["text"] for line in findings(analyse(replace(result, points=flat), resamples=2))]
+    (first, _) = (line for line in lines if "ver-optimisation" in line)
+    assert first.startswith("Over-optimisation perhaps: with k1")
+    assert "That the judge falls is not shown" in first
+    assert "less than it seems" not in first
+
+
+@pytest.mark.parametrize(("seeds", "times"), [(1, 1.96), (2, 12.706), (3, 4.303)])
+def test_the_intervals_of_configurations_have_the_freedom_of_their_seeds(make_result, seeds, times):
+    analysis = analyse(make_result(configurations=2, seeds=seeds), resamples=2)
+    for row, mean in zip(_configuration_rows(analysis), analysis.means, strict=True):
+        kl, half = row[2].split(" ± ")
+        assert float(kl) == pytest.approx(mean["kl"], abs=0.005)
+        assert float(half) == pytest.approx(times * mean["kl_se"], abs=0.005)
 
 
 def test_runs_below_the_reference_are_counted_and_give_no_upper_bound(make_result, tmp_path):

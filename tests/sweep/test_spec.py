@@ -1,8 +1,10 @@
 """A sweep's YAML: what it means, and that nonsense is refused before anything starts."""
 
 import re
+from datetime import date
 
 import pytest
+import yaml
 
 from rlkl.sweep.spec import SearchSpec, SweepSpec, iterate_cells, load_spec
 
@@ -43,6 +45,16 @@ def test_settings_stand_over_those_of_the_base_config(write_spec, tmp_path):
         ({"grid": {"kl_coef": [float("inf")]}}, "grid.kl_coef[0] is inf"),
         ({"settings": {"seconds_per_step": float("nan")}}, "settings.seconds_per_step is nan"),
         ({"grid": {"kl_coef": [0.1, 0.1]}}, "the same"),
+        ({"grid": {"kl_coef": [1, 1.0]}}, "the same: fake kl_coef=1, fake kl_coef=1"),
+        ({"grid": {"kl_coef": ["0.1", 0.1]}}, "the same"),
+        ({"grid": {"kl_coef": [1.0], "both": [{"kl_coef": 2.0}]}}, "set by two axes"),
+        ({"grid": {"kl_coef": [[0.1, 1.0]]}}, "kl_coef is [0.1, 1.0]; a number is needed"),
+        ({"grid": {"kl_coef": [True]}}, "kl_coef is True; a number is needed"),
+        ({"settings": {"max_steps": 4.5}}, "max_steps is 4.5; a whole number is needed"),
+        ({"settings": {"max_steps": date(2020, 1, 1)}}, "put a date in quotes"),
+        ({"seeds": [2**31]}, "a seed is 2147483648; use less than 2^31"),
+        ({"name": " "}, "it names a folder"),
+        ({"name": "a\0b"}, "it names a folder"),
         ({"grid": {"seed": [0, 1]}}, "seeds: for seeds"),
         ({"grid": {"response_length": [8, 16]}}, "cannot be varied"),
         ({"grid": {"kl_estimator": ["k9"]}}, "k9"),
@@ -62,6 +74,7 @@ def test_settings_stand_over_those_of_the_base_config(write_spec, tmp_path):
         ({"evaluation": {"promts": 3}}, "unknown field 'promts'"),
         ({"evaluation": {"checkpoints": True}}, "keep them"),
         ({"evaluation": [1]}, "evaluation is [1]; a mapping"),
+        ({"evaluation": {"prompts": 4}}, "does not declare: model_name_or_path, ref_model_name"),
         ({"evaluation": {"responses_per_prompt": 0}}, "responses_per_prompt is 0"),
         ({"evaluation": {"responses_per_prompt": 1.5}}, "a whole number >= 1"),
         ({"evaluation": {"responses_per_prompt": "x"}}, "evaluation.responses_per_prompt is 'x'"),
@@ -77,6 +90,22 @@ def test_settings_stand_over_those_of_the_base_config(write_spec, tmp_path):
         ({"grace": "x"}, "grace is 'x'; a number > 0"),
         ({"grace": 0.1}, "miss a beat"),
         ({"search": [1]}, "search is [1]; a mapping"),
+        ({"search": {"configurations": 0, "kl_coef": {"low": 1, "high": 2}}}, "number >= 1"),
+        (
+            {"search": {"configurations": 2, "seed": -1, "kl_coef": {"low": 1, "high": 2}}},
+            "search.seed is -1; a whole number >= 0",
+        ),
+        (
+            {"search": {"configurations": 2, "kl_coef": {"low": 1, "high": 2, "log": "yes"}}},
+            "search.kl_coef.log is 'yes'; true or false",
+        ),
+        (
+            {
+                "search": {"configurations": 1, "kl_coef": {"low": 1, "high": 2}},
+                "grid": {"kl_estimator": ["k1", "rb"]},
+            },
+            "give at least as many",
+        ),
         ({"search": {"configurations": True, "kl_coef": {"low": 1, "high": 2}}}, "is True"),
         ({"search": {"configurations": 4, "kl_coef": {"low": "a", "high": 2}}}, "a number is"),
         (
@@ -112,10 +141,36 @@ def test_a_coefficient_that_a_sweep_never_names_is_the_recipes(write_spec):
     assert spec.configuration(0).label == "k1"
 
 
-def test_a_recipe_without_settings_is_refused(write_spec, tmp_path):
-    (tmp_path / "bare.py").write_text("print('hello')\n")
-    with pytest.raises(ValueError, match="declares no SETTINGS"):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("print('hello')", "declares no SETTINGS"),
+        ("SETTINGS = (int,)", "declares no SETTINGS"),
+        ("SETTINGS = int", "declares no SETTINGS"),
+        ("import nothing_there", "bare.py cannot be read for its SETTINGS: ModuleNotFoundError"),
+        ("def (:", "bare.py cannot be read for its SETTINGS: SyntaxError"),
+        ("raise SystemExit(0)", "what it does belongs under if __name__ == '__main__'"),
+    ],
+)
+def test_a_recipe_without_settings_is_refused(write_spec, tmp_path, text, said):
+    (tmp_path / "bare.py").write_text(text + "\n")
+    with pytest.raises(ValueError, match=re.escape(said)):
         load_spec(write_spec(recipe="bare.py"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"max_steps: 3\nmax_steps: 4\n", "max_steps stands twice"),
+        (b"max_steps: '\xe9'\n", "invalid continuation byte"),
+        (b"max_steps: [1,\n", "while parsing"),
+    ],
+)
+def test_what_is_no_yaml_is_refused_with_the_name_of_its_file(write_spec, tmp_path, text, said):
+    (tmp_path / "base.yaml").write_bytes(text)
+    with pytest.raises(yaml.YAMLError, match=said) as refused:
+        load_spec(write_spec(config="base.yaml"))
+    assert str(tmp_path / "base.yaml") in str(refused.value)
 
 
 def test_a_spec_survives_the_storage(write_spec):
@@ -142,6 +197,10 @@ def test_a_spec_survives_the_storage(write_spec):
             [f"{e} learning_rate={x}" for e in ("k1", "rb") for x in ("0.001", "0.0001")],
         ),
         ({"kl_coef": [1.0, 2.0]}, ["fake"]),
+        (
+            {"learning_rate": [1.00001e-3, 1.00002e-3]},
+            ["learning_rate=0.00100001", "learning_rate=0.00100002"],
+        ),
     ],
 )
 def test_arms_are_named_by_what_tells_them_apart(make_spec, grid, arms):

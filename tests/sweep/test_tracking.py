@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from rlkl.sweep.records import SweepResult
 from rlkl.sweep.report import write_report
 from rlkl.sweep.tracking import log_summary
 from rlkl.sweep.worker import Worker, wandb_id
+from rlkl.trainers.run_config import RunArguments
 from rlkl.trainers.tracking import wandb_mode
 from tests.offline_wandb import offline_records
 
@@ -74,6 +76,7 @@ def test_the_runs_of_the_cells_are_one_group_with_ids_that_outlast_attempts(make
     settings = [worker.settings(cell, tmp_path / cell.key) for cell in ledger.cells()]
     assert {s["wandb_group"] for s in settings} == {"fake"}
     assert settings[0]["wandb_tags"] == ["k1", "kl_coef=0.1", "seed=0"]
+    assert settings[0]["wandb_arm"] == "k1"
     assert settings[0]["run_name"] == "k1 kl_coef=0.1 seed=0"
     ids = [s["wandb_run_id"] for s in settings]
     assert len(set(ids)) == len(ids)
@@ -99,3 +102,27 @@ def test_the_dashboard_has_the_panels_that_compare_estimators():
     titles = " ".join(p.title for section in workspace.sections for p in section.panels)
     for panel in ("reward vs KL", "KL by k1", "standard error of rb", "gradient norm"):
         assert panel in titles
+
+
+def test_the_dashboard_averages_the_runs_of_one_arm_and_no_others(make_spec, tmp_path):
+    """Placements of one estimator are arms of their own, as on the sweep's page."""
+    import runpy
+
+    from wandb_workspaces.reports.v2 import LinePlot
+
+    grid = {"kl_estimator": ["k1", "rb"], "kl_placement": ["reward", "loss"]}
+    spec = make_spec(grid=grid, settings={"report_to": "wandb"})
+    ledger = open_ledger(f"sqlite:///{tmp_path}/sweep.db", spec, "identity")
+    for number in range(4):
+        ledger.add_configuration(spec.configuration(number), number)
+    worker = Worker(ledger, tmp_path, threads=1)
+    cells = [(cell, worker.settings(cell, tmp_path)) for cell in ledger.cells()]
+
+    recipe = Path(__file__).parents[2] / "recipes" / "wandb_dashboard.py"
+    workspace = runpy.run_path(str(recipe))["build_workspace"]("me", "rlkl", "sweep_kl")
+    (of_runs,) = {key.name for key in workspace.runset_settings.groupby}
+    plots = [p for s in workspace.sections for p in s.panels if isinstance(p, LinePlot)]
+    assert {p.groupby.name for p in plots} == {of_runs}
+    assert [settings[of_runs] for _, settings in cells] == [cell.arm for cell, _ in cells]
+    assert len({settings[of_runs] for _, settings in cells}) == 4
+    assert of_runs in {f.name for f in fields(RunArguments)}, "what W&B's config has"

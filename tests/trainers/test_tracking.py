@@ -56,6 +56,7 @@ def test_a_whole_run_and_its_evaluations_are_in_one_offline_run(
         RaoBlackwellPPOTrainer,
         report_to=["wandb"],
         wandb_tags=["test"],
+        wandb_arm="rb/both",
         eval_dataset=prompts,
         num_completions=3,
     )
@@ -73,6 +74,7 @@ def test_a_whole_run_and_its_evaluations_are_in_one_offline_run(
     assert run.run_id == (folder / "wandb_run_id.txt").read_text()
     config = {i.key: json.loads(i.value_json) for i in run.config.update}
     assert config["kl_coef"] == 0.1
+    assert config["wandb_arm"] == "rb/both"
     assert config["response_length"] == 6
 
     rows = history(records)
