@@ -13,7 +13,7 @@ def hub_data_set(name: str, split: str, read_here: str, **options: Any) -> Datas
     Args:
         name: hub id or folder.
         split: of it.
-        read_here: endings of the files that the caller reads itself, for the complaint about others.
+        read_here: endings of the files that the caller reads itself, for complaints.
         **options: those of `datasets.load_dataset`.
 
     Raises:

@@ -67,7 +67,7 @@ def check_text(value: Any, name: str) -> None:
         )
     if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
         raise ValueError(
-            f"{name} holds half of a surrogate pair, which is no letter: {ascii(value):.60}; leave "
+            f"{name} holds half of a surrogate pair, which is no letter: {value!a:.60}; leave "
             "such rows out"
         )
 

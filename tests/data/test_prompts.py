@@ -67,7 +67,11 @@ def test_a_missing_file_is_named(tmp_path):
         ("p.csv", 'prompt\n"a film\na plot\n', "cannot be read as csv: unexpected end of data"),
         ("p.txt", "caf\udce9\n", "p.txt is not text in UTF-8"),
         ("p.csv", "prompt\ncaf\udce9\n", "p.csv cannot be read as csv: 'utf-8'"),
-        ("p.jsonl", '{"prompt": "a \\ud800"}\n', r"prompt 0 holds half of a surrogate pair, .*ud800"),
+        (
+            "p.jsonl",
+            '{"prompt": "a \\ud800"}\n',
+            r"prompt 0 holds half of a surrogate pair, .*ud800",
+        ),
         ("p.jsonl", '{"prompt": 0}\n', "prompt 0 is no text but 0"),
         ("p.jsonl", '{"prompt": [{"role": "user"}]}\n', "become a text by .*apply_chat_template"),
         ("p.jsonl", "not json\n", r"p.jsonl, line 1 is no JSON object: 'not json'"),
@@ -99,7 +103,7 @@ def test_what_is_no_file_that_is_read_and_no_data_set_is_named(load, tmp_path, m
 
 def test_a_folder_whose_files_are_broken_is_named(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"prompt": \n')
-    with pytest.raises(ValueError, match="the folder .* cannot be read as a data set"):
+    with pytest.raises(ValueError, match=r"the folder .* cannot be read as a data set"):
         load_prompts(tmp_path)
 
 
