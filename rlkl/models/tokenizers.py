@@ -24,7 +24,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str] | None = None) -> PreTra
         except OSError:
             raise
         except Exception as error:  # the tokenizers library has no exceptions of its own
-            raise ValueError(f"no tokenizer, or a broken one ({error})") from error
+            raise ValueError(f"no tokenizer, or a broken one: {error}") from error
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
         raise ValueError(
             f"{source} has no tokenizer: save that of the model there (tokenizer.save_pretrained)"
