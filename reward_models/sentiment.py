@@ -50,8 +50,8 @@ class SentimentReward:
             (over)confident: a policy gains nothing beyond it. None, the default, limits nothing.
 
     Raises:
-        ValueError: a setting out of its range, no positive label, or a model without a trained
-            classification head.
+        ValueError: a setting out of its range, no positive label, a model without a trained
+            classification head, or one whose scores depend on the padding.
         OSError: there is no such model, or its folder has no weights.
 
     Example:
@@ -92,13 +92,12 @@ class SentimentReward:
             raise ValueError(f"the tokenizer of {name} has no pad token; set one and save it again")
         # Causal classifiers read their score at the last token that is no padding, by this id.
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
-        readable = min(
-            self.tokenizer.model_max_length,
-            getattr(self.model.config, "max_position_embeddings", None) or 10**9,
-        )
+        positions = getattr(self.model.config, "max_position_embeddings", None) or -1
+        readable = min(self.tokenizer.model_max_length, positions if positions > 0 else 10**9)
         self.max_length = readable if max_length is None else min(max_length, readable)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model.eval().requires_grad_(False).to(self.device)
+        self._check_padding(name)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Scores of prompt + response, float32 on the CPU. [B]"""
@@ -114,6 +113,16 @@ class SentimentReward:
         """p(positive | text) in [0, 1], float32 on the CPU, without clamp. [B]"""
         _check_labels_exclude_each_other(self.model, self.model.config.name_or_path)
         return torch.sigmoid(self._log_odds(self._logits(texts)))
+
+    def _check_padding(self, name: str) -> None:
+        """Refuses a classifier, such as XLNet's, that reads its score off the padding."""
+        short, long = "the film", "the film was " * 8
+        alone, beside = self._logits([short])[0], self._logits([short, long])[0]
+        if not torch.allclose(alone, beside, rtol=1e-2, atol=1e-3):
+            raise ValueError(
+                f"{name} gives a text another score beside a longer one: it reads the padding on "
+                "the right (XLNet does), and cannot be used; name a classifier that masks it"
+            )
 
     def _log_odds(self, logits: Tensor) -> Tensor:
         others = torch.arange(logits.shape[1]) != self.positive_id

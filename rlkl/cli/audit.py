@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlkl.cli.errors import check_writable, refusing_bad_input
+from rlkl.cli.errors import check_writable, fail, refusing_bad_input
 from rlkl.cli.json_output import write_json
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ COLUMNS = {
 
 
 def audit(
+    context: typer.Context,
     vocab: Annotated[int, typer.Option(help="Tokens of the random models.")] = 4,
     length: Annotated[int, typer.Option(help="Longest response of the random models.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed of the random models.")] = 0,
@@ -63,6 +64,10 @@ def audit(
     """  # noqa: D301 (typer reads the backspace: lines to be kept)
     with refusing_bad_input():
         check_writable(json, html)
+        for name in ("vocab", "length", "seed", "eos", "drift") if models is not None else ():
+            source = context.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE":
+                fail(f"--{name} is of random models, and has no meaning beside --models")
         chosen = _models(models, vocab, length, seed, None if eos < 0 else eos, drift)
         from rlkl.evaluation.audit import audit as measure_all
 
@@ -90,7 +95,7 @@ def _models(
     import json
 
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     return models_from_json(record)

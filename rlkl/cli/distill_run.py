@@ -62,7 +62,8 @@ class DistillArguments:
         metadata={"help": "Held-out data, likewise; several are reported apart, by file name."},
     )
     eval_references: str | None = field(
-        default=None, metadata={"help": "Answers joined by question_id (Vicuna's references)."}
+        default=None,
+        metadata={"help": "Answers, joined by question_id to rows without one (Vicuna's)."},
     )
     num_eval: int = field(default=256, metadata={"help": "Rows of each held-out set to use."})
     judge_url: str | None = field(
@@ -75,6 +76,10 @@ class DistillArguments:
     threads: int | None = field(
         default=None, metadata={"help": "CPU threads; None: torch's choice."}
     )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.eval_data, str):  # eval_data: FILE in a YAML file
+            self.eval_data = [self.eval_data]
 
 
 def run() -> None:
@@ -124,6 +129,7 @@ def _prepare(
     """Everything that a user's input can get wrong, before any work."""
     if task.train_data is None:
         raise ValueError("train_data is missing: name a file or hub id (--train_data FILE)")
+    _check_names(task, model_args)
     if task.teacher_dtype not in _DTYPES:
         raise ValueError(f"teacher_dtype is {task.teacher_dtype!r}; use {', '.join(_DTYPES)}")
     train = load_pairs(task.train_data)
@@ -135,12 +141,18 @@ def _prepare(
             train = train.select(answered)
     if task.num_eval < 1:
         raise ValueError(f"num_eval is {task.num_eval}; give at least 1, or no eval_data")
-    held_out = {}
+    held_out, joined = {}, task.eval_references is None
     for name, source in _named(task.eval_data).items():
         data = load_pairs(source, task.eval_references)
         if "prompt" not in data.column_names:
             raise ValueError(f"{source} has no prompts: evaluation samples responses to prompts")
+        joined = joined or data["completion"] != load_pairs(source)["completion"]
         held_out[name] = data.select(range(min(len(data), task.num_eval)))
+    if not joined:  # no error: the recipe names references for one of its sets
+        console.print(
+            f"{task.eval_references} answers no held-out row: references are joined by question_id "
+            "to rows without an answer of their own"
+        )
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     check_same_tokenizer(tokenizer, load_tokenizer(task.teacher_model_name_or_path))
     teacher = load_causal_lm(
@@ -177,6 +189,25 @@ def _prepare(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer, tokenizer, held_out, judge
+
+
+def _check_names(task: DistillArguments, model_args: ModelConfig) -> None:
+    """Refuses empty names, and settings that are of others which are not there.
+
+    Raises:
+        ValueError: says which.
+    """
+    named = {**asdict(task), "model_name_or_path": model_args.model_name_or_path}
+    for name, value in named.items():
+        if value == "" or (isinstance(value, list) and "" in value):
+            raise ValueError(f"{name} is empty: name one, or leave it out")
+    for needed, names in (
+        ("eval_data", ("eval_references", "judge_url")),
+        ("judge_url", ("judge_prompt",)),
+    ):
+        for name in names:
+            if named[name] is not None and not named[needed]:
+                raise ValueError(f"{name} has no meaning without {needed}: give both, or neither")
 
 
 def _named(sources: list[str]) -> dict[str, str]:

@@ -35,6 +35,8 @@ def check_writable(json: str | None, html: str | None) -> None:
 
     Only `--json` may be ``-``, standard output.
     """
+    if json is not None and json == html:
+        fail(f"--json and --html are both {json!r}: one would overwrite the other; name two files")
     if html == "-":
         fail("--html -: a page is not for the terminal; give the file to write it to")
     for target in (json, html):

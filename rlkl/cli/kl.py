@@ -137,8 +137,15 @@ def kl(
             truncate_at=truncate_at,
         )
         check_writable(json, html)
+        from rlkl.cli.quiet import quiet_libraries
+
+        quiet_libraries()
         texts = []  # for sampling only
         if completions is None:
+            if truncate_at is not None:
+                fail("--truncate-at cuts the weights of --completions: what is sampled has none")
+            if max_samples is not None and target_stderr is None:
+                fail("--max-samples is the limit of --target-stderr; else give --num-samples")
             texts = _load_prompts(prompts, prompt_column)
             number = _number_of_samples(num_samples, samples_per_prompt, len(texts))
             settings = replace(settings, min_samples=number)
@@ -161,7 +168,12 @@ def kl(
             from rlkl.evaluation.kl_estimate import ReplayedResponses, SampledResponses
 
             if completions is not None:
-                return ReplayedResponses(pair, completions, batch_size=batch_size)
+                replayed = ReplayedResponses(pair, completions, batch_size=batch_size)
+                if truncate_at is not None and replayed.log_prob_kind == "none":
+                    fail(
+                        f"--truncate-at cuts weights: {completions} has no log-probs, so no weights"
+                    )
+                return replayed
             return SampledResponses(
                 pair,
                 _first_tokens(pair.tokenizer, texts, prompt_tokens),
@@ -217,12 +229,9 @@ def _load_prompts(source: str | None, column: str) -> list[str]:
 
 def _load_models(policy: str, ref: str, dtype: str, device: str) -> Any:
     import torch
-    from transformers.utils import logging
 
     from rlkl.models import load_pair
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     dtypes = {str(d).removeprefix("torch."): d for d in _dtypes(torch)}
     if dtype not in dtypes:
         fail(f"--dtype {dtype}: use one of {', '.join(dtypes)}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -44,8 +45,6 @@ def progress_bar(estimation: "KLEstimation") -> Iterator[Callable[[bool], None]]
 
 def print_report(console: Console, report: "KLReport") -> None:
     """The answer in a sentence, the table of estimators, the tokens, and what to know."""
-    from rlkl.evaluation.kl_estimate.report import KIND
-
     best, low, high = report.best, *report.best.ci95
     console.print(
         f"\nD_KL({escape(report.policy)} ‖ {escape(report.ref)}) = "
@@ -53,29 +52,11 @@ def print_report(console: Console, report: "KLReport") -> None:
         f"{low:.4g} to {high:.4g} (by {report.headline})",
         highlight=False,
     )
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("estimator", no_wrap=True)
-    for name in ("nats", "stderr", "95% interval", "÷ k1", "per token", "< 0"):
-        table.add_column(name, justify="right", no_wrap=True)
-    wide = console.width >= 110
-    if wide:
-        table.add_column("", style="dim", no_wrap=True)
-    of_k1 = report.estimators["k1"].stderr
-    for name, e in report.estimators.items():
-        share = "" if e.negative_fraction is None else f"{e.negative_fraction:.0%}"
-        relative = f"{e.stderr / of_k1:.2f}" if 0 < of_k1 < math.inf else ""
-        label = name if e.unbiased else f"{name} *"
-        table.add_row(
-            f"[bold]{label}[/bold]" if name == report.headline else label,
-            f"{e.nats_per_response:.5g}",
-            f"{e.stderr:.2g}",
-            f"{e.ci95[0]:.4g} to {e.ci95[1]:.4g}",
-            relative,
-            f"{e.nats_per_token:.3g}",
-            share,
-            *([KIND.get(name, "")] if wide else []),
-        )
-    console.print(table, highlight=False)
+    table = _estimators(report, explained=True)
+    if _width(table, console) > console.width:
+        table = _estimators(report, explained=False)
+    table.width = _width(table, console)  # in a narrow terminal too: a number cut short is another
+    console.print(table, highlight=False, crop=False)
     console.print("[dim]* biased: shown for comparison[/dim]")
     console.print(
         f"{report.n} responses to {report.prompts} prompts, {report.tokens} tokens, "
@@ -97,6 +78,39 @@ def print_report(console: Console, report: "KLReport") -> None:
         console.print("[yellow]Interrupted: these are the responses there were.[/yellow]")
     for note in report.notes:
         console.print(f"[yellow]Note:[/yellow] {escape(note)}", highlight=False)
+
+
+def _estimators(report: "KLReport", *, explained: bool) -> Table:
+    """A row an estimator, if wanted with what it is."""
+    from rlkl.evaluation.kl_estimate.report import KIND
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("estimator", no_wrap=True)
+    for name in ("nats", "stderr", "95% interval", "÷ k1", "per token", "< 0"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if explained:
+        table.add_column("", style="dim", no_wrap=True)
+    of_k1 = report.estimators["k1"].stderr
+    for name, e in report.estimators.items():
+        share = "" if e.negative_fraction is None else f"{e.negative_fraction:.0%}"
+        relative = f"{e.stderr / of_k1:.2f}" if 0 < of_k1 < math.inf else ""
+        label = name if e.unbiased else f"{name} *"
+        table.add_row(
+            f"[bold]{label}[/bold]" if name == report.headline else label,
+            f"{e.nats_per_response:.5g}",
+            f"{e.stderr:.2g}",
+            f"{e.ci95[0]:.4g} to {e.ci95[1]:.4g}",
+            relative,
+            f"{e.nats_per_token:.3g}",
+            share,
+            *([KIND.get(name, "")] if explained else []),
+        )
+    return table
+
+
+def _width(table: Table, console: Console) -> int:
+    """Columns that a table needs to be shown whole."""
+    return Measurement.get(console, console.options.update(max_width=1000), table).maximum
 
 
 def _print_tokens(console: Console, report: "KLReport") -> None:

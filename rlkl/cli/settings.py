@@ -3,10 +3,11 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, NoReturn
 
 import torch
-from trl import TrlParser
+from trl import ModelConfig, TrlParser
 
 from rlkl.cli.errors import fail
 
@@ -44,7 +45,8 @@ class SettingsParser(TrlParser):
         """Parses ``sys.argv``; without ``--config`` the settings of `default_config` hold.
 
         Raises:
-            ValueError: an unknown key in the YAML file, or an unknown option.
+            ValueError: an unknown key in the YAML file, an unknown option, or one of TRL's
+                ModelConfig that is not read here.
             FileNotFoundError: a config file that is not there.
         """
         given = [part for word in sys.argv[1:] for part in _split_option(word)]
@@ -52,7 +54,25 @@ class SettingsParser(TrlParser):
             given = ["--config", default_config, *given]
         if given[-1:] == ["--config"]:
             self.error("--config needs a file")
-        return self.parse_args_and_config(given)
+        *settings, unknown = self.parse_args_and_config(given, return_remaining_strings=True)
+        if unknown:
+            raise ValueError(f"there is no setting {' '.join(unknown)!r}: --help lists them all")
+        for each in settings:
+            if isinstance(each, ModelConfig):
+                _refuse_unread(each)
+        return tuple(settings)
+
+
+def _refuse_unread(model: ModelConfig) -> None:
+    """Refuses what TRL's ModelConfig has and `rlkl.models.load_causal_lm` does not do."""
+    for setting in fields(model):
+        name, value = setting.name, getattr(model, setting.name)
+        unread = name.startswith(("model_revision", "dtype", "load_in_", "bnb_", "use_bnb_"))
+        if unread and value != setting.default:
+            raise ValueError(
+                f"{name} {value} has no effect: the trained model is loaded as it is, in float32 "
+                "(bf16 computes in bfloat16); leave it out"
+            )
 
 
 def _split_option(word: str) -> list[str]:

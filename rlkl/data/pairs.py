@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from datasets import Dataset, Features, Value, load_dataset
+from datasets import Dataset, Features, Value
 
+from rlkl.data.hub import hub_data_set
 from rlkl.data.prompts import check_text
 from rlkl.data.rows import read_rows
 
@@ -37,15 +38,15 @@ def load_pairs(source: str | Path, references: str | Path | None = None) -> Data
     Args:
         source: a ``.jsonl``, ``.jsonl.xz``, ``.json`` or ``.csv`` file, or a hub id (``id:split``).
         references: a file of answers with ``question_id`` and ``choices`` or ``text`` (FastChat's
-            two formats), joined to the rows of `source` by ``question_id``. Questions that it does
-            not answer have the completion "".
+            two formats), each question once, joined by ``question_id`` to the rows of `source`
+            that have no answer of their own. Rows that it does not answer have the completion "".
 
     Raises:
         FileNotFoundError: a file that is not there.
         ValueError: no rows, a broken file, columns of another kind, a prompt or text that is
             missing, plain texts beside prompts, chat messages in place of a text; with
-            `references`, a question or an answer without ``question_id``; a hub data set of JSON
-            files whose texts are numbers or dates.
+            `references`, ``turns`` or an answer without ``question_id``, or two answers with one;
+            a data set that cannot be had, or of JSON files whose texts are numbers or dates.
     """
     rows = _read(source)
     answers = None if references is None else _references(references)
@@ -77,19 +78,20 @@ def _hub_rows(source: str) -> list[dict[str, Any]]:
     """Rows of a data set of the hub, without what `datasets` guesses of CSV and JSON files."""
     name, _, named = source.partition(":")
     split = named or "train"
-    data = cast(Dataset, load_dataset(name, split=split))
+    read_here = ".jsonl, .json or .csv"
+    data = hub_data_set(name, split, read_here)
     if data.info.builder_name == "csv":  # 02139 is read as 2139, NA as null
         text = Features(dict.fromkeys(data.column_names, Value("string")))
-        data = load_dataset(name, split=split, features=text, keep_default_na=False)
+        data = hub_data_set(name, split, read_here, features=text, keep_default_na=False)
     if data.info.builder_name == "json":  # 2.50 is read as 2.5, a date with a time of day
-        for column, feature in cast(Dataset, data).features.items():
+        for column, feature in data.features.items():
             kind = feature.dtype if isinstance(feature, Value) else ""
             if column in _TEXTS and kind.startswith(("float", "timestamp")):
                 raise ValueError(
                     f"{source} has JSON files, of whose column {column} datasets makes {kind}: "
                     "download them and give a file by its path, which is taken as it is written"
                 )
-    return cast(list[dict[str, Any]], list(data))
+    return [dict(row) for row in data]
 
 
 def _references(source: str | Path) -> dict[str, Any]:
@@ -104,14 +106,24 @@ def _references(source: str | Path) -> dict[str, Any]:
                 )
             choices = row.get("choices")
             answer = _first(_first_object(row, "choices"), "turns") if choices else row.get("text")
-            answers[_question(row)] = answer
+            question = _question(row)
+            if question in answers:
+                raise ValueError(
+                    f"question_id {question} is answered for the second time, and one answer "
+                    "counts: leave the others out"
+                )
+            answers[question] = answer
         except ValueError as error:
             raise ValueError(f"{source}, row {number}: {error}") from error
     return answers
 
 
+def _identified(row: dict[str, Any]) -> bool:
+    return row.get("question_id") not in (None, "")
+
+
 def _question(row: dict[str, Any]) -> str:
-    if row.get("question_id") in (None, ""):
+    if not _identified(row):
         raise ValueError(
             f"question_id is missing, by which questions find their references; the columns are "
             f"{sorted(row)}"
@@ -124,16 +136,17 @@ def _pair(row: dict[str, Any], answers: dict[str, Any] | None) -> dict[str, str]
     named = [kind for kind in _KINDS if kind in row]
     filled = [kind for kind in named if row[kind] not in (None, "")]
     kind = next(iter([*filled, *named]), None)
+    if answer is None and answers is not None and (kind == "turns" or _identified(row)):
+        answer = answers.get(_question(row))
     if kind == "prompt":
         return {"prompt": _text(row, "prompt"), "completion": _answer(answer)}
     if kind == "instances":
         first = _first_object(row, "instances")
-        given, answer = _value(first, "input"), _value(first, "output")
-        return _instruction(_text(row, "instruction"), given, answer)
+        given, own = _value(first, "input"), _value(first, "output")
+        return _instruction(_text(row, "instruction"), given, answer if own is None else own)
     if kind == "instruction":
         return _instruction(_text(row, "instruction"), _value(row, "input", "context"), answer)
     if kind == "turns":
-        answer = None if answers is None else answers.get(_question(row))
         return _instruction(_first(row, "turns"), None, answer)
     if kind == "text":
         return {"text": _text(row, "text")}
@@ -161,7 +174,7 @@ def _answer(value: Any) -> str:
 def _written(value: Any, name: str) -> str:
     if isinstance(value, bool):
         return json.dumps(value)  # as in the file
-    if isinstance(value, list | dict):
+    if isinstance(value, str | list | dict):
         check_text(value, name)
     return str(value)
 

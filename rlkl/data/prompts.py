@@ -1,12 +1,14 @@
 """Prompts: from a file, from a data set (hub or folder), or the openings that ship with rlkl."""
 
-import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from datasets import Dataset, load_dataset, load_from_disk
+from datasets import Dataset, load_from_disk
+
+from rlkl.data.hub import hub_data_set
+from rlkl.data.rows import read_rows
 
 _ASSETS = Path(__file__).parent / "assets"
 EMBEDDED_TRAIN_PROMPTS = _ASSETS / "prompts_train.txt"
@@ -19,12 +21,13 @@ def load_prompts(source: str | Path, column: str = "prompt") -> Dataset:
 
     Args:
         source: a ``.txt`` file (one prompt a line), a ``.jsonl`` or ``.csv`` file with `column`,
-            or a hub data set id (``id:split``, split "train" if none is named).
+            or a hub data set id or folder (``id:split``, split "train" if none is named).
         column: where the prompts are; renamed to ``prompt``.
 
     Raises:
         FileNotFoundError: a file that is not there.
-        ValueError: no prompts, one that is empty or no text, or no such column.
+        ValueError: no prompts, one that is empty or no text, no such column, a file that is broken
+            or of another kind, or a data set that cannot be had.
     """
     path = Path(source)
     if path.suffix in (".txt", ".jsonl", ".csv"):
@@ -34,7 +37,7 @@ def load_prompts(source: str | Path, column: str = "prompt") -> Dataset:
     else:
         data = _data_set(str(source))
         if column not in data.column_names:
-            raise ValueError(f"{source} has the columns {data.column_names}, not {column!r}")
+            raise ValueError(_no_column(source, data.column_names, column))
         prompts = list(data[column])
     if not prompts:
         raise ValueError(f"{source} holds no prompts")
@@ -52,7 +55,7 @@ def collate_prompts(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def check_text(value: Any, name: str) -> None:
-    """Refuses a value that is no text: null, a number, a list of chat messages.
+    """Refuses a value that is no text: null, a number, chat messages, half of a surrogate pair.
 
     Raises:
         ValueError: says what it is, by its `name`, and what to do.
@@ -61,6 +64,11 @@ def check_text(value: Any, name: str) -> None:
         raise ValueError(
             f"{name} is no text but {value!r:.60}: leave such rows out; chat messages become a "
             "text by tokenizer.apply_chat_template(..., tokenize=False)"
+        )
+    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError(
+            f"{name} holds half of a surrogate pair, which is no letter: {value!a:.60}; leave "
+            "such rows out"
         )
 
 
@@ -104,7 +112,7 @@ def _data_set(source: str) -> Dataset:
     split = split or "train"
     saved = [Path(name) / file for file in ("state.json", "dataset_dict.json")]
     if not any(file.is_file() for file in saved):
-        return cast(Dataset, load_dataset(name, split=split))
+        return hub_data_set(name, split, ".txt, .jsonl or .csv")
     data = load_from_disk(name)
     if isinstance(data, Dataset):
         return data
@@ -114,17 +122,25 @@ def _data_set(source: str) -> Dataset:
 
 
 def _read(path: Path, column: str) -> list[Any]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    if path.suffix == ".csv":
+        rows = [{name: cell or "" for name, cell in row.items()} for row in read_rows(path)]
+    else:
+        try:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                lines = [(i, line.rstrip()) for i, line in enumerate(file, 1) if line.strip()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not text in UTF-8 ({error}): convert it") from error
         if path.suffix == ".txt":
-            return [line.rstrip() for line in file if line.strip()]
-        if path.suffix == ".csv":
-            rows = list(csv.DictReader(file))
-        else:
-            rows = [_json_row(path, i, line) for i, line in enumerate(file, 1) if line.strip()]
-    without = [row for row in rows if column not in row]
-    if without:
-        raise ValueError(f"{path} has the columns {sorted(map(str, without[0]))}, not {column!r}")
+            return [line for _, line in lines]
+        rows = [_json_row(path, i, line) for i, line in lines]
+    for number, row in enumerate(rows):
+        if column not in row:
+            raise ValueError(_no_column(f"{path}, row {number},", sorted(row), column))
     return [row[column] for row in rows]
+
+
+def _no_column(where: str | Path, columns: list[str], column: str) -> str:
+    return f"{where} has the columns {columns}, not {column!r}: name the column of the prompts"
 
 
 def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:

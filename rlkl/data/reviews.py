@@ -7,6 +7,7 @@ from typing import cast
 
 from datasets import Dataset, load_dataset
 
+from rlkl.data.hub import hub_data_set
 from rlkl.data.prompts import check_text
 
 _BREAKS = re.compile(r"\s*(?:<br\s*/?>\s*)+")
@@ -44,7 +45,7 @@ def load_reviews(source: str, split: str = "train") -> Dataset:
         data = load_dataset(kind, data_files=source, split="train")
     else:
         name, _, named_split = source.partition(":")
-        data = load_dataset(name, split=named_split or split)
+        data = hub_data_set(name, named_split or split, ".jsonl, .jsonl.xz, .json or .csv")
     data = cast(Dataset, data)
     if "text" not in data.column_names:
         raise ValueError(f"{source} has the columns {data.column_names}; a 'text' column is needed")

@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox, BboxBase
 
 EXACT = 1e-9
 """Relative errors below it are rounding."""
@@ -28,7 +29,8 @@ h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-t
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th, td { padding: .22rem .6rem; border-bottom: 1px solid #e4e6ea; text-align: left }
 td.number, th.number { text-align: right } th { font-weight: 600; vertical-align: bottom }
-td.note { color: #555; font-size: .86em } code { font-size: .95em }
+td.note { color: #555; font-size: .86em; min-width: 9rem; overflow-wrap: anywhere }
+code { font-size: .95em }
 .key span { padding: .1rem .5rem; border-radius: .3rem; margin-right: .4rem }
 figure { margin: 1rem 0 } svg { max-width: 100%; height: auto }
 """
@@ -143,21 +145,25 @@ def _scatter(record: dict[str, Any]) -> str:
             points.setdefault(place, []).append(f"{row['estimator']} · {row['placement']}")
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     axes = figure.subplots()
-    for i, ((variance, error), names) in enumerate(sorted(points.items())):
+    for (variance, error), _ in sorted(points.items()):
         colour = "#1a7f37" if error < EXACT else "#cf222e" if error > CLOSE else "#9a6700"
         axes.plot(variance, error, "o", color=colour)
-        axes.annotate(
-            "\n".join(names),
-            (variance, error),
-            (5, (4, -10, 12)[i % 3]),
-            textcoords="offset points",
-            fontsize=8,
-        )
     axes.set_xscale("symlog", linthresh=0.1)
     axes.set_xlabel("variance of one response's gradient")
     axes.set_ylabel("relative error of the expected gradient")
     axes.margins(x=0.12, y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
+    figure.draw_without_rendering()  # the places are known from here on
+    dots = axes.transData.transform(sorted(points))
+    taken: list[BboxBase] = [Bbox([(x - 4, y - 4), (x + 4, y + 4)]) for x, y in dots]
+    for place, names in sorted(points.items()):
+        text = "\n".join(names)
+        label = axes.annotate(text, place, (5, 0), textcoords="offset points", fontsize=8)
+        for height in (4, -10, 14, -20, 24):
+            label.set_position((5, height))
+            if not any(label.get_window_extent().overlaps(other) for other in taken):
+                break
+        taken.append(label.get_window_extent())
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rlkl"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})

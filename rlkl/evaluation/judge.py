@@ -65,8 +65,8 @@ class Judge:
     is missing when it is started again.
 
     Raises:
-        ValueError: a template without ``{prompt}`` or ``{response}``, no attempts, a cache that
-            holds something else.
+        ValueError: a url of another kind, a template without ``{prompt}`` or ``{response}``, no
+            attempts, a cache that holds something else.
 
     Example:
         judge = Judge("http://localhost:8000/v1", model="my-judge", cache=Path("verdicts.jsonl"))
@@ -92,6 +92,8 @@ class Judge:
     """Seconds to wait for one answer."""
 
     def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"the judge's url is {self.url!r}: it begins with http:// or https://")
         for name in ("{prompt}", "{response}"):
             if name not in self.template:
                 raise ValueError(f"the judge's template lacks {name}")

@@ -18,8 +18,9 @@ _TOKENS = 8
 def check_causal_lm(model: nn.Module, name: str) -> None:
     """Checks on a few tokens what sampling and measuring rest on.
 
-    The model is causal, its logits are its head applied to its hidden states, and padding on the
-    left and a cache of what was read change nothing. Call it on a model in eval mode.
+    The model is causal, its logits are numbers and its head applied to its hidden states, and
+    padding on the left and a cache of what was read change nothing. Call it on a model in eval
+    mode.
 
     Raises:
         ValueError: one of them is not so, in words that begin with `name`.
@@ -42,7 +43,10 @@ def check_causal_lm(model: nn.Module, name: str) -> None:
             f"{name} is no causal language model: a later token changes what it says before it"
         )
     expected = head_logits(head, hidden).float()
-    if differ(model(input_ids=ids, use_cache=False).logits.float(), expected, expected):
+    if expected.isnan().any():
+        raise ValueError(f"{name}: its logits are no numbers; look for NaN in its weights")
+    whole = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    if differ(whole.logits.float(), expected, expected):
         raise ValueError(
             f"{name}: its logits are not its head times its last hidden states, so its "
             "distributions cannot be formed from them"

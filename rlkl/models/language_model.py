@@ -3,13 +3,16 @@
 import inspect
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 EMBEDDED_LM = Path(__file__).parent.parent / "data" / "assets" / "review_lm"
 """The review LM that ships with rlkl; see its model card for data and quality."""
@@ -26,12 +29,36 @@ def model_source(name_or_path: str | os.PathLike[str] | None) -> str:
     """The hub id or folder that is meant; None means the embedded review LM.
 
     Raises:
-        ValueError: it can only be a folder, and there is none.
+        ValueError: it can only be a folder, and there is none, or it is a file.
     """
     source = os.path.expanduser(name_or_path or EMBEDDED_LM)
+    if os.path.isfile(source):
+        raise ValueError(f"{source} is a file: name the folder that a model was saved in")
     if not os.path.isdir(source) and (source.startswith((".", "/")) or source.count("/") > 1):
         raise ValueError(f"no such model folder: {source}")
     return source
+
+
+@contextmanager
+def reading_model(source: str | os.PathLike[str]) -> Iterator[None]:
+    """What the libraries complain about in a model's files, in one line that names the model.
+
+    Raises:
+        ValueError: in place of theirs; it says what to do.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        complaint = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if os.path.isdir(source) or not isinstance(error, OSError):
+            raise ValueError(
+                f"{source} cannot be read: {complaint}; name a folder written by save_pretrained"
+            ) from error
+        raise ValueError(
+            f"{source} is no folder here, and the hub does not give it: {complaint}"
+        ) from error
 
 
 def load_causal_lm(
@@ -52,21 +79,37 @@ def load_causal_lm(
         device: where to put it.
 
     Raises:
-        ValueError: a folder that is not there, or has no weights.
+        ValueError: a folder that is not there or has no weights, no causal LM, weights that cannot
+            be read, do not fit the config or lack a part (which would be random numbers).
     """
     source = model_source(name_or_path)
     if os.path.isdir(source) and not any(
         os.path.isfile(os.path.join(source, name)) for name in _WEIGHTS
     ):
+        if os.path.isfile(os.path.join(source, "adapter_config.json")):
+            raise ValueError(
+                f"{source} is an adapter: merge it into its base (merge_and_unload) and save that"
+            )
         raise ValueError(
             f"{source} holds no weights (looked for {', '.join(_WEIGHTS[:2])}, …); "
             "name a folder written by save_pretrained"
         )
     if attn_implementation is None and torch.device(device).type == "cpu":
         attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, attn_implementation=attn_implementation
-    )
+    with reading_model(source):
+        model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues] (a pair)
+            source,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+        )
+    lacking = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
+    if lacking:
+        raise ValueError(
+            f"the weights of {source} are not those of its config.json: {len(lacking)} are missing "
+            f"or of another shape ({', '.join(lacking[:3])}, …); save the model again"
+        )
     return model.to(device)  # pyright: ignore[reportArgumentType] (decorated)
 
 
@@ -111,9 +154,26 @@ def trunk_of(model: nn.Module) -> PreTrainedModel:
 
 
 def max_positions(model: nn.Module) -> float:
-    """Tokens that a text may have; inf where the model's config sets no limit."""
-    limit = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
-    return math.inf if limit is None else limit
+    """Tokens that a text may have; inf where the model's config sets no limit.
+
+    With longrope (Phi-3) it is the length at which all positions change: what a cache holds from
+    before, when responses are sampled, keeps the old ones.
+    """
+    config = causal_lm(model).config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    return min(math.inf if limit is None else limit, _longrope_change(config))
+
+
+def _longrope_change(config: PreTrainedConfig) -> float:
+    """Tokens up to which longrope has its short factors; inf where a config has no longrope."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # one a layer type
+    changes = [
+        kind["original_max_position_embeddings"]
+        for kind in kinds
+        if kind.get("rope_type") == "longrope"
+    ]
+    return min(changes, default=math.inf)
 
 
 def check_positions(model: nn.Module, length: int) -> None:
@@ -124,9 +184,11 @@ def check_positions(model: nn.Module, length: int) -> None:
     """
     limit = max_positions(model)
     if length > limit:
+        changed = limit == _longrope_change(causal_lm(model).config.get_text_config())
         raise ValueError(
-            f"prompt and response come to {length} tokens, and the model has {limit} positions: "
-            "set a smaller max_prompt_length or a shorter response"
+            f"prompt and response come to {length} tokens, and the model has {limit} positions"
+            + (" before its longrope changes them all" if changed else "")
+            + ": set a smaller max_prompt_length or a shorter response"
         )
 
 

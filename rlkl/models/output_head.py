@@ -130,11 +130,17 @@ def _measure(lm: PreTrainedModel, head: nn.Module) -> _AroundHead:
     probe = torch.tensor([2.0**-7, 1e6, -1e6, -(2.0**-7), 1.0, -1.0, 10.0, -10.0, 0.0])
     seen, before = list[Tensor](), list[float | None]()
     # The first may be padding, whose states may be 0.
-    inputs = {"input_ids": torch.arange(2, device=lm.device)[None], "use_cache": False}
+    ids = torch.arange(2, device=lm.device)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
 
     def replace(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         # Here the trunk is run in the precision (autocast) in which the model ran it.
         torch.manual_seed(0)
+        if not args[0].isfinite().all():
+            raise ValueError(
+                f"{type(lm).__name__} has hidden states that are no numbers: look for NaN and inf "
+                "in its weights, or load them in float32"
+            )
         before.append(_factor(trunk_of(lm)(**inputs).last_hidden_state, args[0]))
         size = out.shape[-1]
         row = probe.to(out.device).repeat(math.ceil(size / len(probe)))[:size]

@@ -20,7 +20,12 @@ from transformers.utils import find_adapter_config_file
 
 from rlkl.kl.chunked import vocabulary_of
 from rlkl.models.checks import check_causal_lm
-from rlkl.models.language_model import EMBEDDED_LM, load_causal_lm, model_source
+from rlkl.models.language_model import (
+    EMBEDDED_LM,
+    load_causal_lm,
+    model_source,
+    reading_model,
+)
 from rlkl.models.output_head import output_head
 from rlkl.models.reference import check_reference, trains_base
 from rlkl.models.tokenizers import check_same_tokenizer, load_tokenizer
@@ -112,7 +117,8 @@ class _Source:
         config_file = find_adapter_config_file(source)
         if config_file is None:
             return cls(str(name), _canonical(source), None)
-        config = PeftConfig.from_pretrained(str(Path(config_file).parent))
+        with reading_model(source):
+            config = PeftConfig.from_pretrained(str(Path(config_file).parent))
         base = config.base_model_name_or_path
         if not base:
             raise ValueError(f"the adapter {name} does not name its base model")
@@ -163,8 +169,8 @@ def load_pair(
 
     Raises:
         ValueError: a model that is no causal LM, different tokenizers, vocabularies of different
-            size that are not padding, an adapter without its base.
-        OSError: transformers cannot find or read a model.
+            size that are not padding, an adapter without its base, or what cannot be found or
+            read.
     """
     sources = [_Source.of(policy), _Source.of(ref)]
     for source in sources:
@@ -184,11 +190,13 @@ def load_pair(
             continue
         names[source.adapter] = label
         if source.memory in adapted:
-            adapted[source.memory].load_adapter(source.adapter, adapter_name=label)
+            with reading_model(source.adapter):
+                adapted[source.memory].load_adapter(source.adapter, adapter_name=label)
         else:
-            adapted[source.memory] = PeftModel.from_pretrained(
-                bases[source.memory], source.adapter, adapter_name=label
-            )
+            with reading_model(source.adapter):
+                adapted[source.memory] = PeftModel.from_pretrained(
+                    bases[source.memory], source.adapter, adapter_name=label
+                )
     sides = []
     for source in sources:
         model = adapted.get(source.memory, bases[source.memory]).eval()
@@ -203,7 +211,12 @@ def load_pair(
 
 def _check_architecture(source: _Source) -> None:
     """Refuses, before any weight is read, a model whose config says that it is something else."""
-    config = AutoConfig.from_pretrained(source.base)
+    if os.path.isdir(source.base) and not os.path.isfile(os.path.join(source.base, "config.json")):
+        raise ValueError(
+            f"{source.base} holds no config.json: name a folder written by save_pretrained"
+        )
+    with reading_model(source.base):
+        config = AutoConfig.from_pretrained(source.base)
     causal = {
         name
         for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

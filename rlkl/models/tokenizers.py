@@ -5,7 +5,7 @@ from typing import cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlkl.models.language_model import model_source
+from rlkl.models.language_model import model_source, reading_model
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str] | None = None) -> PreTrainedTokenizerBase:
@@ -13,11 +13,25 @@ def load_tokenizer(name_or_path: str | os.PathLike[str] | None = None) -> PreTra
 
     A tokenizer without a padding token pads with its end-of-text token: masks, not token ids,
     tell padding from text everywhere in rlkl, so a real end of text is kept.
+
+    Raises:
+        ValueError: there is none, it cannot be read, or it has neither pad nor eos token.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model_source(name_or_path), padding_side="left")
+    source = model_source(name_or_path)
+    with reading_model(source):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+        except OSError:
+            raise
+        except Exception as error:  # the tokenizers library has no exceptions of its own
+            raise ValueError(f"no tokenizer, or a broken one: {error}") from error
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"{source} has no tokenizer: save that of the model there (tokenizer.save_pretrained)"
+        )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"the tokenizer of {name_or_path} has neither pad nor eos token")
+            raise ValueError(f"the tokenizer of {source} has neither pad nor eos token")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

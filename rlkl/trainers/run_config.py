@@ -1,5 +1,6 @@
 """What every trainer's settings share: precision, logging, and the W&B run."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -59,21 +60,30 @@ class RunArguments(TrainingArguments):
         # Tokens are drawn in float64, which Apple's GPUs have not.
         if accelerator is None or accelerator.type == "mps":
             self.use_cpu = True  # TrainingArguments refuses bf16 on a CPU that was not asked for
-        if self.gradient_checkpointing:
+        # The newer of its two names is not in transformers 5.20.
+        if self.gradient_checkpointing or getattr(self, "activation_checkpointing", False):
             raise ValueError(
                 "gradient_checkpointing has no effect: models are trained in eval mode here "
                 "(without dropout), in which transformers does not checkpoint. To save memory use "
                 "smaller batches"
             )
         super().__post_init__()
-        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+        if self.max_steps == 0:  # transformers would take one step
+            raise ValueError("max_steps is 0: give at least 1, or -1 for num_train_epochs")
+        if self.max_steps < 0 and self.num_train_epochs <= 0:
             raise ValueError(
                 f"max_steps is {self.max_steps} and num_train_epochs {self.num_train_epochs}: "
                 "nothing would be trained; make one of them positive"
             )
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        for name in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be finite and >= 0")
 
     @property
     def gemm_dtype(self) -> torch.dtype | None:

@@ -55,7 +55,7 @@ def test_files_are_written_where_asked(run, tmp_path):
 def test_models_of_the_users_own(run, tmp_path):
     file = tmp_path / "models.json"
     models = {"length": 1, "policy": [[0.0, 0.0]], "ref": [[0.0, 1.0]], "eos": None}
-    file.write_text(json.dumps(models))
+    file.write_text(json.dumps(models), encoding="utf-8-sig")
     code, out, _ = run("--models", file, "--json", "-")
     assert code == 0
     assert json.loads(out)["responses"] == 2
@@ -82,6 +82,8 @@ def test_models_of_the_users_own(run, tmp_path):
         (["--html", "."], "it is a folder"),
         (["--html", "-"], "give the file"),
         (["--json", "."], "it is a folder"),
+        (["--json", "a", "--html", "a"], "--json and --html are both 'a'"),
+        (["--models", "a.json", "--eos", "0"], "--eos is of random models, and has no meaning"),
     ],
 )
 def test_nonsense_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, words, message):

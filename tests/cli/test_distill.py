@@ -165,7 +165,9 @@ def test_a_stopped_run_goes_on_and_refuses_other_settings(folders, monkeypatch, 
     # What is measured after training may change.
     held_out = folders / "self_instruct_user_oriented_252.jsonl"
     assert run(monkeypatch, folders, num_eval=2, eval_data=held_out) == 0
-    assert "going on from" in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    assert "going on from" in out
+    assert "vicuna_gpt4_reference.jsonl answers no held-out row" in out
     summary = json.loads((folders / "out" / "summary.json").read_text())
     assert {name: metrics["prompts"] for name, metrics in summary.items()} == {held_out.stem: 2}
 
@@ -173,7 +175,11 @@ def test_a_stopped_run_goes_on_and_refuses_other_settings(folders, monkeypatch, 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # GPT-2's layers are transposed
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("model_name_or_path", "{folder}/teacher"), ("use_peft", True), ("dtype", "bfloat16")],
+    [
+        ("model_name_or_path", "{folder}/teacher"),
+        ("use_peft", True),
+        ("attn_implementation", "sdpa"),
+    ],
 )
 def test_a_stopped_run_does_not_go_on_with_another_student(
     name, value, folders, monkeypatch, capsys
@@ -232,6 +238,14 @@ def test_checkpoints_of_something_else_are_left_alone(folders, monkeypatch, caps
             "train_dataset: completion 0 is empty (3 of 3 are)",
         ),
         ({"eval_data": "{folder}/a.jsonl {folder}/a.json"}, "two sets are called"),
+        ({"max_steps": 0}, "max_steps is 0: give at least 1"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; it must be at"),
+        ({"learning_rate": "nan"}, "learning_rate is nan; it must be finite"),
+        ({"dtype": "bfloat16"}, "dtype bfloat16 has no effect: the trained model is loaded"),
+        ({"load_in_8bit": True}, "load_in_8bit True has no effect"),
+        ({"judge_url": "localhost:8000/v1"}, "the judge's url is 'localhost:8000/v1': it begins"),
+        ({"judge_prompt": "mine.txt"}, "judge_prompt has no meaning without judge_url"),
+        ({"teacher_model_name_or_path": "{folder}/vicuna_80_question.jsonl"}, "is a file: name"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(changes, message, folders, monkeypatch, capsys):
@@ -240,6 +254,21 @@ def test_wrong_input_is_one_line_and_exit_code_2(changes, message, folders, monk
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert message in error
+
+
+@pytest.mark.parametrize("name", ["train_data", "eval_data", "model_name_or_path"])
+def test_empty_names_are_refused(name, folders, monkeypatch, capsys):
+    words = ["--config", str(RECIPES / "distill_instruct.yaml"), f"--{name}", ""]
+    monkeypatch.setattr(sys, "argv", ["rlkl", "distill", *words])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert capsys.readouterr().err == f"error: {name} is empty: name one, or leave it out\n"
+
+
+def test_one_held_out_set_of_a_yaml_file_is_no_list_of_letters(folders, monkeypatch):
+    from rlkl.cli.distill_run import DistillArguments
+
+    assert DistillArguments(eval_data="test.jsonl").eval_data == ["test.jsonl"]  # pyright: ignore
 
 
 def test_held_out_prompts_that_are_too_long_are_found_before_training(folders, monkeypatch, capsys):

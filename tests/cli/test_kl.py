@@ -123,6 +123,31 @@ def test_a_second_ctrl_c_drops_the_batch_in_work(monkeypatch, tmp_path, models, 
     assert json.loads(file.read_text())["n"] == 4
 
 
+@pytest.mark.parametrize("columns", [40, 80, 120, 150])
+def test_numbers_are_whole_in_a_terminal_of_any_width(
+    monkeypatch, capsys, models, prompts, columns
+):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    words = ["--prompts", prompts, "--num-samples", "6", "--temperature", "1e-5"]
+    assert run(monkeypatch, *models, *words) == 0
+    table = capsys.readouterr().out.split("estimator", 1)[1].split("* biased")[0]
+    assert "…" not in table
+    assert ("exact per token" in table) == (columns == 150)
+
+
+def test_one_response_has_no_interval_and_the_report_says_so(monkeypatch, capsys, models, prompts):
+    assert run(monkeypatch, *models, "--prompts", prompts, "--num-samples", "1") == 0
+    assert "Note: There is no interval: one response" in capsys.readouterr().out
+
+
+def test_truncation_without_log_probs_is_refused(monkeypatch, capsys, tmp_path, models):
+    file = tmp_path / "c.jsonl"
+    file.write_text(json.dumps({"prompt": "the film", "completion": "was good"}) + "\n")
+    words = [*models[:4], "--completions", str(file), "--truncate-at", "2"]
+    assert run(monkeypatch, *words) == 2
+    assert "c.jsonl has no log-probs, so no weights" in capsys.readouterr().err
+
+
 def test_completions_are_replayed(monkeypatch, tmp_path, capsys, models):
     file = tmp_path / "c.jsonl"
     row = {"prompt": "the film", "completion": "was good", "logprobs": [-1.0, -2.0]}
@@ -160,6 +185,10 @@ def test_completions_are_replayed(monkeypatch, tmp_path, capsys, models):
         (["--json", "/nowhere/kl.json"], "there is no folder /nowhere"),
         (["--prompt-tokens", "0"], "must be at least 1"),
         (["--max-new-tokens", "100"], "the models take 64 and one"),
+        (["--json", "kl.txt", "--html", "kl.txt"], "are both 'kl.txt'"),
+        (["--max-samples", "9"], "--max-samples is the limit of --target-stderr"),
+        (["--truncate-at", "2"], "--truncate-at cuts the weights of --completions"),
+        (["--temperature", "1e-30"], "must be finite and at least 1e-06"),
     ],
 )
 def test_nonsense_is_one_line_and_exit_code_2(monkeypatch, capsys, models, words, complaint):

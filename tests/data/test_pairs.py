@@ -67,6 +67,7 @@ def test_vicuna_questions_take_their_reference_by_id_and_none_is_an_empty_comple
         ({"question_id": 1, "choices": [{"text": "So."}]}, r"turns is missing.* \['text'\]"),
         ({"question_id": 1, "choices": ["So."]}, "choices holds no objects but 'So.'"),
         ({"question_id": 1, "choices": "So."}, "choices is no list but 'So.': a JSON file can"),
+        ({"question_id": "2", "text": "No."}, "question_id 2 is answered for the second time"),
     ],
 )
 def test_references_that_cannot_be_joined_are_named(row, message, tmp_path):
@@ -74,6 +75,21 @@ def test_references_that_cannot_be_joined_are_named(row, message, tmp_path):
     references = write(tmp_path / "reference.jsonl", {"question_id": 2, "text": "Fine."}, row)
     with pytest.raises(ValueError, match=rf"reference\.jsonl, row 1: .*{message}"):
         load_pairs(questions, references)
+
+
+def test_prompts_and_instructions_take_a_reference_where_they_have_no_answer(tmp_path):
+    rows = write(
+        tmp_path / "rows.jsonl",
+        {"prompt": "P", "question_id": 1},
+        {"instruction": "Do.", "question_id": 1},
+        {"instruction": "Do.", "instances": [{"input": "", "output": ""}], "question_id": 1},
+        {"prompt": "P", "question_id": 1, "completion": "Mine."},
+        {"prompt": "P", "question_id": 2},
+        {"prompt": "P"},
+    )
+    references = write(tmp_path / "reference.jsonl", {"question_id": 1, "text": "So."})
+    found = load_pairs(rows, references)["completion"]
+    assert found == ["So.", "So.", "So.", "Mine.", "", ""]
 
 
 def test_a_question_without_id_is_named_where_references_are_to_be_joined(tmp_path):
@@ -131,6 +147,12 @@ def test_rows_that_cannot_be_used_are_named(content, message, tmp_path):
     file.write_text(content)
     with pytest.raises(ValueError, match=message):
         load_pairs(file)
+
+
+def test_a_text_that_is_none_is_named_by_its_row(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "b \\ud800"}\n')
+    with pytest.raises(ValueError, match="row 0: the answer holds half of a surrogate pair"):
+        load_pairs(tmp_path / "a.jsonl")
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
@@ -246,5 +268,5 @@ def test_typed_data_sets_keep_their_types_and_an_absent_column_is_null(monkeypat
         {"prompt": None, "completion": None, "instruction": "Do.", "output": "x"},
     ]
     data = Dataset.from_list(rows)
-    monkeypatch.setattr("rlkl.data.pairs.load_dataset", lambda name, split: data)
+    monkeypatch.setattr("rlkl.data.hub.load_dataset", lambda name, split: data)
     assert load_pairs("some/data")["completion"] == ["2.5", "x"]

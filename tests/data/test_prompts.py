@@ -6,7 +6,7 @@ import lzma
 import pytest
 from datasets import Dataset, DatasetDict
 
-from rlkl.data import clean_text, load_prompts, load_reviews
+from rlkl.data import clean_text, load_pairs, load_prompts, load_reviews
 
 
 def test_a_text_file_holds_one_prompt_a_line_and_blank_lines_are_none(tmp_path):
@@ -60,9 +60,18 @@ def test_a_missing_file_is_named(tmp_path):
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": " "}\n', "prompt 1 is empty .1 of 2 are.: le"),
         ("p.csv", 'prompt,x\na,1\n"",2\n', "p.csv: prompt 1 is empty"),
         ("p.jsonl", '{"text": "a"}\n', r"has the columns \['text'\], not 'prompt'"),
-        ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "'prompt'"),
+        ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', r"row 1, has the columns \['text'\]"),
         ("p.jsonl", '{"prompt": null}\n', "p.jsonl: prompt 0 is no text but None: leave"),
-        ("p.csv", "x,y\n1,2,3\n", r"has the columns \['None', 'x', 'y'\], not 'prompt'"),
+        ("p.csv", "x,y\n1,2\n", r"p.csv, row 0, has the columns \['x', 'y'\], not 'prompt': name"),
+        ("p.csv", "prompt,y\na film, a plot,2\n", "line 2 has more fields than the header"),
+        ("p.csv", 'prompt\n"a film\na plot\n', "cannot be read as csv: unexpected end of data"),
+        ("p.txt", "caf\udce9\n", "p.txt is not text in UTF-8"),
+        ("p.csv", "prompt\ncaf\udce9\n", "p.csv cannot be read as csv: 'utf-8'"),
+        (
+            "p.jsonl",
+            '{"prompt": "a \\ud800"}\n',
+            r"prompt 0 holds half of a surrogate pair, .*ud800",
+        ),
         ("p.jsonl", '{"prompt": 0}\n', "prompt 0 is no text but 0"),
         ("p.jsonl", '{"prompt": [{"role": "user"}]}\n', "become a text by .*apply_chat_template"),
         ("p.jsonl", "not json\n", r"p.jsonl, line 1 is no JSON object: 'not json'"),
@@ -71,10 +80,31 @@ def test_a_missing_file_is_named(tmp_path):
 )
 def test_bad_prompts_are_one_line_of_value_error(tmp_path, name, text, complaint):
     path = tmp_path / name
-    path.write_text(text)
+    path.write_text(text, errors="surrogateescape")
     with pytest.raises(ValueError, match=complaint) as error:
         load_prompts(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("load", [load_prompts, load_pairs, load_reviews])
+def test_what_is_no_file_that_is_read_and_no_data_set_is_named(load, tmp_path, monkeypatch):
+    def unreachable(name, **options):
+        raise ConnectionError(f"Couldn't reach {name!r} on the Hub")
+
+    monkeypatch.setattr("rlkl.data.hub.load_dataset", unreachable)
+    (tmp_path / "prompts.tsv").write_text("a film\n")
+    with pytest.raises(ValueError, match=r"prompts\.tsv is a file of a kind .* convert it to \."):
+        load(str(tmp_path / "prompts.tsv"))
+    with pytest.raises(ValueError, match="my/data is no file and no folder here, and the hub does"):
+        load("my/data")
+    with pytest.raises(ValueError, match="the name of a data set is empty"):
+        load("")
+
+
+def test_a_folder_whose_files_are_broken_is_named(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"prompt": \n')
+    with pytest.raises(ValueError, match=r"the folder .* cannot be read as a data set"):
+        load_prompts(tmp_path)
 
 
 def test_reviews_are_cleaned_of_markup_and_keep_their_label(tmp_path):

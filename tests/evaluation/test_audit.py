@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from rlkl.evaluation.audit import HT_DRAWS, audit, models_from_json, random_models
 from rlkl.evaluation.audit_page import audit_page, formatted, percent, verdict
@@ -255,3 +256,23 @@ def test_numbers_are_judged_and_rounding_is_zero():
     assert verdict(r | {"grad_rel_err": 0.5}, "grad_rel_err", 1.0) == "red"
     assert (formatted(r, "grad_cos"), verdict(r, "grad_cos", 1.0)) == ("–", "")
     assert verdict(r, "value_var", 1.0) == ""
+
+
+def test_the_labels_of_the_picture_cover_neither_each_other_nor_a_point(monkeypatch):
+    figures = list[Figure]()
+
+    class Kept(Figure):
+        def __init__(self, **settings):
+            super().__init__(**settings)
+            figures.append(self)
+
+    monkeypatch.setattr("rlkl.evaluation.audit_page.Figure", Kept)
+    audit_page(audit(random_models(4, 3, seed=0)))
+    (axes,) = figures[0].axes
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) > 10
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:i])
+        assert not any(
+            box.contains(*axes.transData.transform(line.get_xydata()[0])) for line in axes.lines
+        )

@@ -170,7 +170,9 @@ def test_text_is_tokenized_and_a_finished_one_ends_in_the_end_of_text(pair, colo
     [
         ("", "holds no completions"),
         ("nonsense", "line 1: not JSON"),
-        ("[1]", "line 1: no JSON object"),
+        ("[1]", r"line 1: no JSON object but \[1\]; give one object a line"),
+        ('{"prompt": "red", "completion": "a \\ud800"}', "completion holds half of a surrogate"),
+        ('{"prompt": "red", "completion": "red", "logprob": -1, "logprobs": [-1]}', "one of them"),
         ('{"prompt": "red"}', "line 1: has prompt, but neither completion nor completion_ids"),
         ('{"prompt": 1, "completion": "red"}', "prompt is no text but 1"),
         ('{"prompt": "", "completion": "red"}', "prompt 0 is empty"),
@@ -191,6 +193,15 @@ def test_a_file_that_cannot_be_replayed_is_refused_with_its_line(pair, tmp_path,
     path = tmp_path / "c.jsonl"
     path.write_text(line + "\n")
     with pytest.raises(ValueError, match=complaint):
+        ReplayedResponses(pair, path, batch_size=8)
+
+
+def test_a_file_may_begin_with_a_byte_order_mark_and_has_to_be_utf_8(pair, tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"prompt": "red", "completion": "blue"}\n', encoding="utf-8-sig")
+    assert ReplayedResponses(pair, path, batch_size=8).limit == 1
+    path.write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match=r"c\.jsonl is not text in UTF-8"):
         ReplayedResponses(pair, path, batch_size=8)
 
 

@@ -207,5 +207,7 @@ def test_an_endpoint_that_is_not_there_or_refuses_is_named(make_judge, endpoint)
     judge.client = judge.client.with_options(max_retries=0)
     with pytest.raises(ValueError, match=r"no judge answers at http://127\.0\.0\.1:9/v1"):
         judge(["p"], ["a"])
+    with pytest.raises(ValueError, match="the judge's url is 'localhost:8000/v1': it begins with"):
+        make_judge(url="localhost:8000/v1")
     with pytest.raises(ValueError, match=r"template lacks \{response\}"):
         make_judge(template="{prompt}")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Phi3Config, Phi3ForCausalLM, T5Config
 
 from rlkl.models import (
     Critic,
@@ -114,6 +114,33 @@ def test_something_that_is_no_language_model_is_refused():
         output_head(torch.nn.Linear(2, 2))
 
 
+def test_longrope_is_read_up_to_the_length_at_which_it_changes():
+    """Beyond it a full pass rotates all keys anew; those in the sampler's cache stay."""
+    shape = {"vocab_size": 33, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32}
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    model = Phi3ForCausalLM(
+        Phi3Config(
+            **shape,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            original_max_position_embeddings=8,
+            rope_parameters=rope | {"rope_theta": 10000.0},
+            pad_token_id=0,
+        )
+    ).eval()
+    ids = torch.arange(10)[None]
+    response_hidden(model, ids[:, :9], torch.ones(1, 9, dtype=torch.bool), 3)
+    with pytest.raises(
+        ValueError, match="to 9 tokens, and the model has 8 positions before its lo"
+    ):
+        response_hidden(model, ids, torch.ones(1, 10, dtype=torch.bool), 3)
+    hidden = model.model(ids, use_cache=False).last_hidden_state
+    first = model.model(ids[:, :8], use_cache=True)
+    rest = model.model(ids[:, 8:], past_key_values=first.past_key_values).last_hidden_state
+    assert (rest - hidden[:, 8:]).abs().max() > 1e-3  # why
+
+
 # --- loading ------------------------------------------------------------------------------------
 
 
@@ -157,6 +184,44 @@ def test_a_folder_without_config_is_refused(lm, tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises((ValueError, OSError)):
         load_causal_lm(tmp_path)
+
+
+def test_weights_that_are_missing_or_of_another_shape_are_refused(make_lm, lm, tmp_path):
+    """transformers fills them with random numbers and goes on."""
+    whole = lm.state_dict()
+    lm.save_pretrained(tmp_path, state_dict={k: v for k, v in whole.items() if ".h.1." not in k})
+    with pytest.raises(ValueError, match=r"12 are missing or of another shape \(transformer\.h\.1"):
+        load_causal_lm(tmp_path)
+    make_lm(n_embd=16).config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="are missing or of another shape"):
+        load_causal_lm(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_broken_files_of_a_model_are_one_line_with_its_name(name, lm, tmp_path):
+    lm.save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"cannot be read: .*; name a folder written by") as error:
+        load_causal_lm(tmp_path)
+    assert str(tmp_path) in one_line(error.value)
+
+
+def test_a_file_and_an_adapter_are_no_folders_of_a_model(lm, tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"model\.safetensors is a file: name the folder"):
+        load_causal_lm(tmp_path / "model.safetensors")
+    config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    get_peft_model(lm, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"adapter is an adapter: merge it into its base"):
+        load_causal_lm(tmp_path / "adapter")
+
+
+def test_a_classifier_is_no_causal_lm_in_one_line(tmp_path):
+    T5Config(d_model=8, num_layers=1).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="cannot be read: Unrecognized configuration") as error:
+        load_causal_lm(tmp_path)
+    assert len(one_line(error.value)) < 400
 
 
 # --- the critic ---------------------------------------------------------------------------------

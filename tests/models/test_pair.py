@@ -152,6 +152,41 @@ def test_an_adapter_without_its_base_is_refused(make_lm, tmp_path):
         load_pair(lost, "embedded")
 
 
+def test_broken_adapters_and_folders_of_something_else_are_named(save, make_lm, tmp_path):
+    base = save(make_lm(), "base")
+    broken = adapter(tmp_path, make_lm, base, "broken", 1)
+    (tmp_path / "broken" / "adapter_model.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"broken cannot be read: .*header"):
+        load_pair(broken, base)
+    (tmp_path / "broken" / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match="broken cannot be read: Expecting property name"):
+        load_pair(broken, base)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty holds no config\.json: name a folder"):
+        load_pair(base, tmp_path / "empty")
+
+
+def test_an_adapter_on_another_base_is_named(save, make_lm, tmp_path):
+    made_on = adapter(tmp_path, make_lm, save(make_lm(n_embd=64), "wide"), "adapter", 1)
+    with pytest.raises(ValueError, match=r"adapter cannot be read: Error.* in loading state_dict"):
+        load_pair(made_on, str(tmp_path / "wide"))
+
+
+@pytest.mark.parametrize(
+    ("part", "complaint"),
+    [
+        ("transformer.h.0.mlp.c_fc.weight", "hidden states that are no"),
+        ("lm_head.weight", "logits"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_found(part, complaint, save, make_lm):
+    model = make_lm(tie_word_embeddings=False)
+    with torch.no_grad():
+        model.get_parameter(part)[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=complaint):
+        load_pair(save(make_lm(), "good"), save(model, "nan"))
+
+
 def test_a_pair_in_memory_needs_a_reference_or_an_adapter(lm, tokenizer):
     with pytest.raises(ValueError, match="needs a ref_model"):
         ModelPair.of(lm, None, tokenizer)

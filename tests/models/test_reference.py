@@ -195,3 +195,15 @@ def test_a_tokenizer_without_padding_pads_on_the_left_with_end_of_text(make_toke
     loaded = load_tokenizer(tmp_path)
     assert loaded.padding_side == "left"
     assert loaded.pad_token_id == loaded.eos_token_id
+
+
+def test_a_folder_without_a_tokenizer_or_with_a_broken_one_is_named(make_lm, tokenizer, tmp_path):
+    """transformers makes an empty one of a GPT-2's config.json."""
+    make_lm().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no tokenizer: save that of the model there"):
+        load_tokenizer(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for broken in ("{", '{"model": 3}'):
+        (tmp_path / "tokenizer.json").write_text(broken)
+        with pytest.raises(ValueError, match="cannot be read: no tokenizer, or a broken one: "):
+            load_tokenizer(tmp_path)

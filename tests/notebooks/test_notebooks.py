@@ -42,5 +42,7 @@ def test_it_runs_from_a_clean_state(path, tmp_path, monkeypatch):
     outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
     shown = [out["data"] for out in outputs if "data" in out]
     assert any("image/png" in data for data in shown)
+    pictures = [data["image/png"] for data in shown if "image/png" in data]
+    assert len(set(pictures)) == len(pictures)  # a figure that a cell ends with is shown again
     for data in shown:  # not <Figure size …>
         assert "Figure" not in data.get("text/plain", "") or "image/png" in data

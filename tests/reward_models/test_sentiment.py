@@ -5,12 +5,15 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    AutoTokenizer,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
+    XLNetConfig,
+    XLNetForSequenceClassification,
 )
 
 from reward_models import (
@@ -178,6 +181,17 @@ def test_log_odds_of_a_single_output_are_refused_and_its_raw_output_is_given(tmp
 def test_log_odds_of_a_multi_label_classifier_are_refused(tmp_path):
     save_classifier(tmp_path, {0: "neg", 1: "pos"}, problem_type="multi_label_classification")
     with pytest.raises(ValueError, match="multi-label"):
+        SentimentReward(tmp_path)
+
+
+def test_a_classifier_that_reads_the_padding_is_refused_in_words(tmp_path):
+    """XLNet's reads its score at the last place, and says that it has -1 positions."""
+    tokenizer = AutoTokenizer.from_pretrained(save_classifier(tmp_path, {0: "negative"}))
+    labels = {"id2label": {0: "negative", 1: "positive"}, "initializer_range": 0.5}
+    shape = {"vocab_size": len(WORDS), "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16}
+    XLNetForSequenceClassification(XLNetConfig(**shape, **labels)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="gives a text another score beside a longer one"):
         SentimentReward(tmp_path)
 
 

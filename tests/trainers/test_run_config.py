@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlkl.trainers import PPOConfig, PPOTrainer
+from rlkl.trainers import DistillConfig, PPOConfig, PPOTrainer
 
 
 @pytest.mark.parametrize(("tiles", "dots"), [(0, 0), (1, 0), (0, 1), (1, 1)])
@@ -42,3 +42,20 @@ def test_a_batch_is_not_multiplied_by_the_number_of_gpus(make_config, make_lm, t
     config._n_gpu = 2
     PPOTrainer(make_lm(), reward, config, prompts, tokenizer).train()
     assert scored == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"max_steps": 0}, "max_steps is 0: give at least 1, or -1 for num_train_epochs"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; it must be at lea"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan; it must be finite and >= 0"),
+        ({"learning_rate": -1.0}, r"learning_rate is -1\.0; it must be finite and >= 0"),
+        ({"activation_checkpointing": True}, "checkpointing has no effect"),
+    ],
+)
+def test_settings_that_the_training_would_stop_on_or_not_follow_are_refused(
+    tmp_path, settings, complaint
+):
+    with pytest.raises(ValueError, match=complaint):
+        DistillConfig(output_dir=str(tmp_path), **settings)

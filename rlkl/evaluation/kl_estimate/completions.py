@@ -155,13 +155,16 @@ class ReplayedResponses:
         )
 
     def _completions(self) -> Iterator[Completion]:
-        with self.path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield self._read(line)
-                    except ValueError as error:
-                        raise ValueError(f"{self.path}, line {number}: {error}") from error
+        try:
+            with self.path.open(encoding="utf-8-sig") as file:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        try:
+                            yield self._read(line)
+                        except ValueError as error:
+                            raise ValueError(f"{self.path}, line {number}: {error}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.path} is not text in UTF-8 ({error}): convert it") from error
 
     @lru_cache(maxsize=4096)  # noqa: B019 (a source lives as long as its run)
     def _encoded(self, prompt: str) -> list[int]:
@@ -171,9 +174,11 @@ class ReplayedResponses:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"not JSON: {error}") from error
+            raise ValueError(f"not JSON: {error}; give one object a line") from error
         if not isinstance(row, dict):
-            raise ValueError("no JSON object")
+            raise ValueError(f"no JSON object but {line.strip():.40}; give one object a line")
+        if row.get("logprobs") is not None and row.get("logprob") is not None:
+            raise ValueError("has logprobs and logprob: give one of them")
         tokenizer, vocab = self.pair.tokenizer, len(self.pair.tokenizer)
         if "prompt_ids" in row:
             prompt_ids = _ids(row, "prompt_ids", vocab)

@@ -1,5 +1,6 @@
 """The KL between two language models, estimated: sample, measure, add up, until there is enough."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ _TRUSTED_ESS = 0.1
 _TRUSTED_CONTROL = 0.01
 """Nats per response: a control variate whose mean is this near to the 0 it should be is left alone;
 above, twice the 95% interval decides."""
+MIN_TEMPERATURE = 1e-6
+"""Logits divided by less can leave float32."""
 _MIN_SAMPLES = 64
 """Before this many responses a standard error is too rough to stop by."""
 
@@ -64,8 +67,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_positive(num_samples=self.min_samples, max_samples=self.max_samples)
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature}: must be positive and finite")
+        if not MIN_TEMPERATURE <= self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature={self.temperature}: must be finite and at least {MIN_TEMPERATURE:g}"
+            )
         if self.target_stderr is not None and not 0 < self.target_stderr < float("inf"):
             raise ValueError(f"target_stderr={self.target_stderr}: must be positive and finite")
         if self.truncate_at is not None and not self.truncate_at >= 1:
@@ -233,6 +238,11 @@ class KLEstimation:
         if self.source.max_tokens > MAX_POSITIONS:
             notes.append(
                 f"mcv_positions is left out: it is for responses of at most {MAX_POSITIONS} tokens."
+            )
+        if accumulator.interval(self.settings.headline).half_width == math.inf:
+            notes.append(
+                "There is no interval: one response says nothing of how far others differ. Sample "
+                "more, or with the estimand given_prompts at least two to each prompt."
             )
         target = self.settings.target_stderr
         if target is not None:
