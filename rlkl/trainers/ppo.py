@@ -10,6 +10,7 @@ from typing import Any, ClassVar, cast
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
+from reward_models import RewardModel
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import (
@@ -19,38 +20,20 @@ from transformers import (
     set_seed,
 )
 
-from reward_models import RewardModel
 from rlkl.kl import (
     AdaptiveKLCoefficient,
     FixedKLCoefficient,
     KLCoefficient,
     KLPlacement,
-    ModuleHead,
     RaoBlackwellEstimator,
     SampledEstimator,
     check_placement,
     get_estimator,
-    kl_rewards,
     prefix_weights,
     response_weights,
-    sequence_kl,
 )
-from rlkl.models import (
-    Critic,
-    check_apart,
-    check_causal_lm,
-    check_reference,
-    frozen_copy,
-    hidden_size,
-    output_head,
-)
-from rlkl.rl import (
-    clipped_value_loss,
-    gae,
-    penalise_missing_eos,
-    token_rewards,
-    whiten,
-)
+from rlkl.models import Critic, frozen_copy, hidden_size
+from rlkl.rl import clipped_value_loss
 from rlkl.rollout import (
     PolicyPass,
     Responses,
@@ -64,11 +47,12 @@ from rlkl.rollout import (
 )
 from rlkl.rollout.collect import SumOfRewards
 from rlkl.rollout.randomness import generator_of
-from rlkl.rollout.summary import summarise, token_kl
+from rlkl.rollout.summary import summarise
+from rlkl.trainers.advantages import Advantages, rollout_advantages
 from rlkl.trainers.config import PPOConfig
 from rlkl.trainers.policy_loss import PolicyLoss
 from rlkl.trainers.ppo_data import check_models, check_prompt_data
-from rlkl.trainers.step import StepClock, Update, explained_variance, update_metrics
+from rlkl.trainers.step import StepClock, Update, update_metrics
 from rlkl.trainers.text_trainer import TextTrainer, named_sets
 from rlkl.trainers.tracking import log_completions, wandb_run
 
@@ -146,21 +130,9 @@ class PPOTrainer(TextTrainer):
         if peft_config is not None:
             set_seed(args.seed)  # the adapter's start, as the Trainer does for what is made later
             model = get_peft_model(model, peft_config)  # pyright: ignore[reportArgumentType]
-        model.eval()  # as in every step
-        check_causal_lm(model, "model")
-        if ref_model is not None:
-            remedy = "leave it out (None is the model as it is now, without its adapter if any)"
-            check_apart(model, ref_model, "ref_model", f"{remedy}, or load it a second time")
-            check_causal_lm(ref_model.eval(), "ref_model")
         check_models(model, ref_model, processing_class, args)
         if ref_model is None and not isinstance(model, PeftModel):
             ref_model = frozen_copy(model)
-        check_reference(model, ref_model)
-        if ref_model is None and isinstance(output_head(model), ModuleHead):
-            raise ValueError(
-                "this head's logits depend on whether the adapter is on, so that policy and "
-                "reference cannot be in use at once: pass ref_model, a copy of the base model"
-            )
         self.ref_model = ref_model
         self._check_data = partial(
             check_prompt_data,
@@ -207,9 +179,9 @@ class PPOTrainer(TextTrainer):
                 first_pass = self.first_pass(responses)
             rollout = self.measure(responses, clock, first_pass)
             metrics = summarise(rollout)
-            advantages, returns, scale = self.advantages(rollout, metrics)
+            advantages = self.advantages(rollout, metrics)
             with clock("optimisation"):
-                loss = self.optimise(rollout, advantages, returns, scale, metrics, first_pass)
+                loss = self.optimise(rollout, advantages, metrics, first_pass)
             self.kl_coefficient.update(metrics["objective/kl"], len(rollout))
         metrics["episode"] = (self.state.global_step + 1) * self.args.responses_per_step
         self.noted["steps"].append(metrics | clock.seconds)
@@ -276,43 +248,18 @@ class PPOTrainer(TextTrainer):
             first_pass=first_pass,
         )
 
-    def advantages(
-        self, rollout: Rollout, metrics: dict[str, float]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Advantages [B, T], returns [B, T] and the scale σ by which the advantages were
-        divided.
-        """
-        args, mask, kl_coef = self.args, rollout.responses.mask, self.kl_coefficient.value
-        k = token_kl(self.estimator.name, rollout)
-        cost = torch.zeros_like(k)
-        if self.placement is not KLPlacement.LOSS:
-            cost = kl_rewards(k, mask, own_token=self.estimator.claims.own_token)
-        scores = penalise_missing_eos(
-            rollout.scores, rollout.responses.ended, args.missing_eos_penalty
+    def advantages(self, rollout: Rollout, metrics: dict[str, float]) -> Advantages:
+        """Advantages and returns of the score and of the KL that is in the reward."""
+        advantages, measured = rollout_advantages(
+            rollout, self.estimator, self.placement, self.kl_coefficient.value, self.args
         )
-        rewards = token_rewards(scores, cost, mask, kl_coef)
-        values = rollout.tokens.values
-        assert values is not None  # the trainer always passes its critic
-        advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
-        scale = torch.ones(())
-        if args.whiten_advantages:
-            advantages, scale = whiten(advantages, mask)
-        metrics |= {
-            "objective/kl": float(sequence_kl(k, mask).mean()),
-            "objective/non_score_reward": float(-kl_coef * cost.sum(1).mean()),
-            "objective/rlhf_reward": float(rewards.sum(1).mean()),
-            "kl_coef": kl_coef,
-            "val/explained_variance": explained_variance(values[mask], returns[mask]),
-            "val/advantage_std": float(scale),
-        }
-        return advantages, returns, scale
+        metrics |= measured
+        return advantages
 
     def optimise(
         self,
         rollout: Rollout,
-        advantages: Tensor,
-        returns: Tensor,
-        scale: Tensor,
+        advantages: Advantages,
         metrics: dict[str, float],
         first_pass: PolicyPass | None = None,
     ) -> Tensor:
@@ -337,8 +284,6 @@ class PPOTrainer(TextTrainer):
                     rollout,
                     rows,
                     advantages,
-                    returns,
-                    scale,
                     first_pass,
                     off_policy=bool(updates) and self.args.kl_off_policy != "none",
                 )
@@ -355,9 +300,7 @@ class PPOTrainer(TextTrainer):
         self,
         rollout: Rollout,
         rows: Tensor,
-        advantages: Tensor,
-        returns: Tensor,
-        scale: Tensor,
+        advantages: Advantages,
         policy_pass: PolicyPass | None = None,
         *,
         off_policy: bool = False,
@@ -373,19 +316,19 @@ class PPOTrainer(TextTrainer):
         """
         args, old = self.args, rollout.tokens
         count = rollout.responses.mask[rows].sum()
-        beta = self.kl_coefficient.value / float(scale)
+        beta = self.kl_coefficient.value / float(advantages.scale)
         parts: list[Update] = []
         assert old.values is not None  # the trainer always passes its critic
         for micro in rows.split(args.micro_batch_size or len(rows)):
             batch = rollout.responses.rows(micro)
             mask, length = batch.mask, batch.tokens.shape[1]
             old_logp, old_values, target = (
-                x[micro, :length] for x in (old.policy_logp, old.values, returns)
+                x[micro, :length] for x in (old.policy_logp, old.values, advantages.returns)
             )
             hidden, values = policy_pass or self.policy_pass(batch)
             assert values is not None
             policy = self.policy_loss(
-                rollout, micro, hidden, advantages, beta, count, off_policy=off_policy
+                rollout, micro, hidden, advantages.tokens, beta, count, off_policy=off_policy
             )
             value_loss = clipped_value_loss(
                 values, old_values[mask], target[mask], args.cliprange_value
