@@ -31,9 +31,18 @@ def rollout_advantages(
     kl_coef: float,
     args: PPOConfig,
 ) -> tuple[Advantages, dict[str, float]]:
-    """Advantages of the score less β times the KL that is in the reward, and metrics of both."""
+    """Advantages of the score less β times the KL that is in the reward, and metrics of both.
+
+    Raises:
+        ValueError: the KL is infinite.
+    """
     mask = rollout.responses.mask
     k = token_kl(estimator.name, rollout)
+    if not bool(k.isfinite().all()):
+        raise ValueError(
+            f"the KL by {estimator.name} is infinite: the reference gives no probability to what "
+            "the policy gives some; use a reference that allows the same tokens"
+        )
     cost = torch.zeros_like(k)
     if placement is not KLPlacement.LOSS:
         cost = kl_rewards(k, mask, own_token=estimator.claims.own_token)

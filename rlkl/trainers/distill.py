@@ -1,7 +1,7 @@
 """Distillation on transformers.Trainer: a student towards its teacher, by any divergence."""
 
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from datasets import Dataset
@@ -79,6 +79,10 @@ class DistillTrainer(TextTrainer):
             student, an adapter and a `peft_config`, weights that bf16 cannot be mixed with.
     """
 
+    if_diverged: ClassVar[str] = (
+        "a lower learning_rate, or, where one model forbids what the other allows, with loss js"
+    )
+
     args: DistillConfig
     model: PreTrainedModel | PeftModel
 
@@ -143,6 +147,7 @@ class DistillTrainer(TextTrainer):
             student, teacher = self.hidden_states(responses)
         with clock("loss"):
             loss, parts = self.loss(responses, student, teacher, on_policy)
+        self.check_finite("the loss", loss)
         with clock("measure"):
             if self._logs_this_step():
                 self.noted["measured"].append(self.measure(responses, student, teacher))

@@ -1,6 +1,7 @@
 """KL-penalised PPO on transformers.Trainer: one training step is one whole PPO update."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -10,7 +11,6 @@ from typing import Any, ClassVar, cast
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
-from reward_models import RewardModel
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import (
@@ -20,6 +20,7 @@ from transformers import (
     set_seed,
 )
 
+from reward_models import RewardModel
 from rlkl.kl import (
     AdaptiveKLCoefficient,
     FixedKLCoefficient,
@@ -100,6 +101,7 @@ class PPOTrainer(TextTrainer):
 
     default_estimator: ClassVar[str] = "k1"
     default_placement: ClassVar[str] = "reward"
+    if_diverged: ClassVar[str] = "a lower learning_rate or a larger kl_coef"
 
     args: PPOConfig
     model: PreTrainedModel | PeftModel
@@ -229,6 +231,9 @@ class PPOTrainer(TextTrainer):
         """Responses -> their scores, and what policy, reference and critic say of them."""
         with clock("statistics"):
             tokens = self.token_statistics(responses, first_pass)
+        values = cast(Tensor, tokens.values)  # the trainer always passes its critic
+        self.check_finite("the policy's log π(y_t|h_t)", tokens.policy_logp[responses.mask])
+        self.check_finite("the critic's V(h_t)", values[responses.mask])
         with clock("scoring"):
             return collect_rollout(responses, self.reward, tokens, self.judges)
 
@@ -290,7 +295,7 @@ class PPOTrainer(TextTrainer):
                 first_pass = None  # of the policy before its first update
                 updates.append(update)
                 loss = update.loss
-        self._clip_critic()
+        self._clip(self.critic, "the critic's")
         metrics |= update_metrics(
             updates, self.args.cliprange, self.args.cliprange_value, self.args.kl_weight_bound
         )
@@ -353,16 +358,18 @@ class PPOTrainer(TextTrainer):
 
     def _apply_gradient(self) -> None:
         """Clips and steps between minibatches, as the Trainer does after the last one."""
-        self._clip_critic()
-        if self.args.max_grad_norm > 0:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        self._clip(self.model, "the policy's")
+        self._clip(self.critic, "the critic's")
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _clip_critic(self) -> None:
-        """The critic's gradient is clipped by itself: the Trainer clips the policy's."""
-        if self.args.max_grad_norm > 0:
-            self.accelerator.clip_grad_norm_(self.critic.parameters(), self.args.max_grad_norm)
+    def _clip(self, module: nn.Module, whose: str) -> None:
+        """Clips a gradient to `max_grad_norm`; the critic's is clipped by itself, since the Trainer
+        clips the policy's.
+        """
+        largest = self.args.max_grad_norm if self.args.max_grad_norm > 0 else math.inf
+        norm = self.accelerator.clip_grad_norm_(module.parameters(), largest)
+        self.check_finite(f"the norm of {whose} gradient", cast(Tensor, norm))
 
     def _generator(self, purpose: str) -> torch.Generator:
         """Randomness of this step alone, so that a resumed run draws what it would have drawn;
@@ -418,6 +425,8 @@ class PPOTrainer(TextTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the policy as `from_pretrained` reads it; critic and KL coefficient beside it."""
+        for name, weight in self.critic.named_parameters():
+            self.check_finite(f"the critic's weight {name}", weight)
         super().save_model(output_dir, _internal_call)
         folder = Path(output_dir or str(self.args.output_dir))
         if self.args.should_save:

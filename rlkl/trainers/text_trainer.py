@@ -4,12 +4,12 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -77,6 +77,9 @@ class TextTrainer(Trainer, ABC):
     Raises:
         ValueError: several processes were started.
     """
+
+    if_diverged: ClassVar[str] = "a lower learning_rate"
+    """What to train with where numbers were no longer finite."""
 
     model: PreTrainedModel | PeftModel
 
@@ -147,6 +150,46 @@ class TextTrainer(Trainer, ABC):
             return state.global_step >= self.args.max_steps
         same = self.args.num_train_epochs == state.num_train_epochs
         return same and state.global_step >= state.max_steps
+
+    def check_finite(self, name: str, values: Tensor) -> None:
+        """Ends a training that has diverged, before what it has become reaches a checkpoint.
+
+        Args:
+            name: what the values are, for the complaint.
+            values: any of them nan or infinite is one too many.
+
+        Raises:
+            FloatingPointError: says what is not finite, after which step, and what to do.
+        """
+        bad = values.numel() - int(values.isfinite().sum())
+        if bad == 0:
+            return
+        what = f"{bad} of {values.numel()} values" if values.numel() > 1 else f"{values.item()}"
+        remedy = f"Begin again with {self.if_diverged}"
+        saved = last_checkpoint(Path(str(self.args.output_dir)))
+        if saved is not None:
+            remedy += (
+                f", or with it from the model in {saved}, the last checkpoint "
+                "(resume_from_checkpoint goes on with the learning rate of its time)"
+            )
+        raise FloatingPointError(
+            f"after step {self.state.global_step} {name} is not finite ({what}): training has "
+            f"diverged. {remedy}"
+        )
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The Trainer's, before each of its optimiser steps; refused where it is not finite."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not self.args.fp16:  # whose scaler skips such a step, and scales less from then on
+            self.check_finite("the norm of the gradient", torch.as_tensor(norm))
+        return norm
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model as `from_pretrained` reads it, if its trained weights are finite."""
+        for name, weight in self.model.named_parameters():
+            if weight.requires_grad:
+                self.check_finite(f"the weight {name}", weight)
+        super().save_model(output_dir, _internal_call)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what the steps since the last log measured."""

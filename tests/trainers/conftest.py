@@ -9,8 +9,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from reward_models import LexiconReward
 
+from reward_models import LexiconReward
 from rlkl.rollout import Rollout
 from rlkl.trainers import DistillConfig, DistillTrainer, PPOConfig, PPOTrainer
 from rlkl.trainers.advantages import Advantages
