@@ -8,7 +8,7 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from rlkl.kl import TokenStats, fused_logp_loss, fused_token_loss, future_kl
 from rlkl.kl.chunked import vocabulary_of
@@ -120,7 +120,7 @@ class DistillTrainer(TextTrainer):
             sampled=args.on_policy_fraction > 0 or args.teacher_generated,
         )
         self.teacher = teacher_model.requires_grad_(False).eval()
-        self._step = self._calls = 0
+        self._step = self._calls = 0  # of `_generator`
         super().__init__(model, args, train_dataset, processing_class, eval_dataset, callbacks)
         for name, data in named_sets(eval_dataset).items():
             self._check_evaluation(data, name)
@@ -152,7 +152,7 @@ class DistillTrainer(TextTrainer):
             if self._logs_this_step():
                 self.noted["measured"].append(self.measure(responses, student, teacher))
         tokens = float(responses.mask.sum())
-        parts |= {"data/on_policy": float(on_policy), "data/tokens": tokens}
+        parts |= {"data/on_policy": float(on_policy), "data/tokens": tokens, "loss": loss.item()}
         self.noted["steps"].append(parts | clock.seconds)
         return loss
 
@@ -299,6 +299,11 @@ class DistillTrainer(TextTrainer):
         return generator_of(self.args.device, self.args.seed, batch, _TRAINING)
 
     # ---- what surrounds a step -------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """TextTrainer.train; a step that an exception cut short is drawn from its first batch."""
+        self._step = -1
+        return super().train(resume_from_checkpoint, **kwargs)
 
     def tracked(self, resume: bool = False) -> AbstractContextManager[None]:
         """The W&B run, of the group that the loss names."""

@@ -185,8 +185,8 @@ class PPOTrainer(TextTrainer):
             with clock("optimisation"):
                 loss = self.optimise(rollout, advantages, metrics, first_pass)
             self.kl_coefficient.update(metrics["objective/kl"], len(rollout))
-        metrics["episode"] = (self.state.global_step + 1) * self.args.responses_per_step
-        self.noted["steps"].append(metrics | clock.seconds)
+        metrics["episode"] = self._responses_so_far()
+        self.noted["steps"].append(metrics | clock.seconds | {"loss": float(loss)})
         every, step = self.args.log_completions_steps, self.state.global_step + 1
         if every > 0 and (step - 1) % every == 0:
             folder = Path(str(self.args.output_dir))
@@ -370,6 +370,13 @@ class PPOTrainer(TextTrainer):
         largest = self.args.max_grad_norm if self.args.max_grad_norm > 0 else math.inf
         norm = self.accelerator.clip_grad_norm_(module.parameters(), largest)
         self.check_finite(f"the norm of {whose} gradient", cast(Tensor, norm))
+
+    def _responses_so_far(self) -> int:
+        """Responses sampled up to this step, of which the last of an epoch may have fewer."""
+        epochs, steps = divmod(self.state.global_step + 1, self.batches_per_epoch)
+        batch, rows = self.args.per_device_train_batch_size, len(cast(Dataset, self.train_dataset))
+        prompts = epochs * min(rows, self.batches_per_epoch * batch) + steps * batch
+        return prompts * self.args.num_generations
 
     def _generator(self, purpose: str) -> torch.Generator:
         """Randomness of this step alone, so that a resumed run draws what it would have drawn;
