@@ -75,8 +75,11 @@ class DistillTrainer(TextTrainer):
 
     Raises:
         ValueError: columns that the settings do not work with, no rows, an empty text, a head
-            smaller than the tokenizer, a row longer than a model's positions, a teacher that is the
-            student, an adapter and a `peft_config`, weights that bf16 cannot be mixed with.
+            smaller than the tokenizer, a row longer than a model's positions, a teacher that shares
+            what is trained of the student (`train` looks once more), an adapter and a
+            `peft_config`, weights that bf16 cannot be mixed with, a model that `check_causal_lm`
+            refuses, fewer rows than a batch with ``dataloader_drop_last``, several processes.
+        FloatingPointError: in `train`: loss, gradient or weights are no longer finite.
     """
 
     if_diverged: ClassVar[str] = (
@@ -309,6 +312,11 @@ class DistillTrainer(TextTrainer):
         """The W&B run, of the group that the loss names."""
         tags = ["distill", self.args.loss, type(self).__name__]
         return wandb_run(self.args, self.args.to_dict(), self.args.loss, tags, resume)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's, of the weights that are trained now: none of them may be the teacher's."""
+        check_apart(self.model, self.teacher, "teacher_model", "load it a second time")
+        return super().create_optimizer(model)
 
     def evaluate(
         self,

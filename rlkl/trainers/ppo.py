@@ -52,7 +52,7 @@ from rlkl.rollout.summary import summarise
 from rlkl.trainers.advantages import Advantages, rollout_advantages
 from rlkl.trainers.config import PPOConfig
 from rlkl.trainers.policy_loss import PolicyLoss
-from rlkl.trainers.ppo_data import check_models, check_prompt_data
+from rlkl.trainers.ppo_data import check_models, check_prompt_data, check_reference_stays
 from rlkl.trainers.step import StepClock, Update, update_metrics
 from rlkl.trainers.text_trainer import TextTrainer, named_sets
 from rlkl.trainers.tracking import log_completions, wandb_run
@@ -93,10 +93,15 @@ class PPOTrainer(TextTrainer):
 
     Raises:
         ValueError: an estimator in a placement where its gradient is not that of the sequence KL
-            (unless ``allow_biased_kl``), fewer prompts than a step needs, a prompt that is empty or
-            longer than a model's positions, a head smaller than the tokenizer, a model that cannot
-            be sampled and measured here (see `check_causal_lm`), a reference that would move with
-            the policy (shared weights that are trained, trained biases).
+            (unless ``allow_biased_kl``), or one that is for measuring alone; `peft_config` for a
+            model that has an adapter; models that `check_models` refuses (not causal, other
+            vocabularies, dtypes that bf16 cannot be mixed with, a reference that would move with
+            the policy: trained weights or an adapter that both have, base weights or biases trained
+            beside an adapter); data that `check_prompt_data` refuses (no column ``prompt``, fewer
+            prompts than a step needs, an empty one, one too long for a model); no reward model;
+            several processes. `train` refuses the reference once more, as weights are then.
+        FloatingPointError: in `train` and `evaluate`: log-probabilities, values, a gradient or
+            weights are no longer finite.
     """
 
     default_estimator: ClassVar[str] = "k1"
@@ -394,8 +399,13 @@ class PPOTrainer(TextTrainer):
         return wandb_run(self.args, self.args.to_dict(), "-".join(names[:2]), names, resume)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimiser, with the critic as a parameter group of its own."""
+        """The Trainer's optimiser, with the critic as a parameter group of its own.
+
+        Which weights are trained is settled here: those that were frozen when the trainer was built
+        may not be.
+        """
         if self.optimizer is None:
+            check_reference_stays(self.model, self.ref_model)
             self.optimizer = super().create_optimizer(model)
             own_rate = self.args.value_learning_rate
             self.optimizer.add_param_group(

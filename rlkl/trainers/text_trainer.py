@@ -145,7 +145,7 @@ class TextTrainer(Trainer, ABC):
 
         Raises:
             ValueError: True, and ``output_dir`` holds no whole checkpoint; a checkpoint that holds
-                the model alone.
+                the model alone; a model all of whose weights are frozen.
         """
         if resume_from_checkpoint is True:
             folder = Path(str(self.args.output_dir))
@@ -161,6 +161,12 @@ class TextTrainer(Trainer, ABC):
             raise ValueError(
                 f"{resume_from_checkpoint} holds no optimiser (save_only_model): a run that went "
                 "on from it would begin its schedule anew; begin a new run with its model"
+            )
+        if not any(weight.requires_grad for weight in self.model.parameters()):
+            raise ValueError(
+                "no weight of model is to be trained (requires_grad is False everywhere): "
+                "PeftModel.from_pretrained(..., is_trainable=True) loads an adapter for training, "
+                "model.requires_grad_(True) unfreezes a whole model"
             )
         with self.tracked(bool(resume_from_checkpoint)), closing_callbacks(self):
             return super().train(resume_from_checkpoint, **kwargs)
