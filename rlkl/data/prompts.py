@@ -99,6 +99,8 @@ def check_prompts(data: Any, which: str, at_least: int) -> None:
     if data is None or "prompt" not in data.column_names:
         columns = None if data is None else data.column_names
         raise ValueError(f"a dataset with a 'prompt' column is needed; {which} has {columns}")
+    if len(data) == 0:
+        raise ValueError(f"{which} has no prompts: give it at least {at_least}")
     check_texts(list(data["prompt"]), f"{which}: prompt")
     if len(data) < at_least:
         raise ValueError(

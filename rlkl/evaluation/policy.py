@@ -20,16 +20,17 @@ from rlkl.rollout import (
     summarise,
     token_statistics,
 )
+from rlkl.rollout.summary import prompt_groups
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a policy did on a set of prompts, one response each."""
+    """What a policy did on a list of prompts, one response each."""
 
     metrics: dict[str, float]
     """Means and standard errors (``*_se``) by the names of `rlkl.trainers.VOCABULARY`."""
     positive: tuple[float, float]
-    """Share of responses with a score above 0, and its standard error."""
+    """Share of responses with a score above 0, and its standard error, clustered by prompt."""
     rollout: Rollout
     """The responses themselves."""
 
@@ -52,8 +53,9 @@ def evaluate_policy(
 ) -> Evaluation:
     """Samples one response to each prompt and measures it, in the precision of the weights.
 
-    One response per prompt, so that responses are independent and the standard errors are those of
-    a mean over prompts. The seed fixes the draws: two policies are compared on the same noise.
+    One response to each entry of the list; those to a prompt that it repeats are alike, and the
+    standard errors are those of a mean over the different prompts. The seed fixes the draws: two
+    policies are compared on the same noise.
 
     Args:
         policy: the policy, in eval mode while this runs.
@@ -89,5 +91,5 @@ def evaluate_policy(
             policy, ref_model, responses, temperature=temperature, batch_size=batch_size
         )
     rollout = collect_rollout(responses, reward, tokens, judges)
-    mean, stderr = mean_and_stderr((rollout.scores > 0).float())
+    mean, stderr = mean_and_stderr((rollout.scores > 0).float(), prompt_groups(responses))
     return Evaluation(summarise(rollout), (float(mean), float(stderr)), rollout)

@@ -18,7 +18,7 @@ _TOKENS = 8
 def check_causal_lm(model: nn.Module, name: str) -> None:
     """Checks on a few tokens what sampling and measuring rest on.
 
-    The model is causal, its logits are numbers and its head applied to its hidden states, and
+    The model is finite and causal, its logits are its head applied to its hidden states, and
     padding on the left and a cache of what was read change nothing. Call it on a model in eval
     mode.
 
@@ -30,6 +30,11 @@ def check_causal_lm(model: nn.Module, name: str) -> None:
     length = int(min(_TOKENS, max_positions(model)))
     ids = torch.arange(length, device=device)[None] % vocab
     hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state
+    if not bool(hidden.isfinite().all()):
+        raise ValueError(
+            f"{name} gives hidden states that are not finite: its weights are broken, or its dtype "
+            f"({hidden.dtype}) is too narrow for them; load others, or in float32"
+        )
     other = ids.clone()
     other[0, -1] = (ids[0, -1] + 1) % vocab
     changed = trunk(input_ids=other, use_cache=False).last_hidden_state

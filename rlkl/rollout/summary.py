@@ -13,7 +13,7 @@ from rlkl.kl import (
     per_token_mean_and_stderr,
     sequence_kl,
 )
-from rlkl.rollout.records import Rollout
+from rlkl.rollout.records import Responses, Rollout
 
 REPORTED_ESTIMATORS = ("k1", "k3", "rb")
 
@@ -35,19 +35,25 @@ def token_kl(name: str, rollout: Rollout) -> Tensor:
     )
 
 
+def prompt_groups(responses: Responses) -> Tensor | None:
+    """[B] which prompt each response is to: the `groups` of standard errors clustered by prompt.
+
+    None for a single prompt: an error is then about this one, given which its responses are
+    independent.
+    """
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(responses.prompts))}
+    if len(number) == 1:
+        return None
+    return torch.tensor([number[p] for p in responses.prompts], device=responses.mask.device)
+
+
 def summarise(rollout: Rollout) -> dict[str, float]:
     """KL by every estimator on the same responses, score, judges, entropy, length.
 
     Keys are those of the vocabulary table in `rlkl.trainers.metrics`; one ending in ``_se`` is the
     standard error of the mean before it, clustered by prompt: responses to one prompt are alike.
     """
-    mask, prompts = rollout.responses.mask, rollout.responses.prompts
-    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    groups = torch.tensor([number[prompt] for prompt in prompts], device=mask.device)
-    if (
-        len(number) == 1
-    ):  # it is then about this one prompt, given which its responses are independent
-        groups = None
+    mask, groups = rollout.responses.mask, prompt_groups(rollout.responses)
     metrics: dict[str, float] = {}
 
     def put(name: str, mean: Tensor, stderr: Tensor) -> None:

@@ -1,5 +1,6 @@
 """The settings of the PPO trainers, on top of transformers.TrainingArguments."""
 
+import math
 from dataclasses import dataclass, field
 
 from rlkl.trainers.run_config import RunArguments
@@ -115,7 +116,7 @@ class PPOConfig(RunArguments):
             "cliprange_value",
         )
         for name in positive:
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # nan is not either
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be > 0")
         for name in ("max_prompt_length", "num_completions"):
             value = getattr(self, name)
@@ -123,8 +124,8 @@ class PPOConfig(RunArguments):
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         for name in ("vf_coef", "missing_eos_penalty", "value_learning_rate"):
             value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name} is {value}; it must be >= 0")
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value}; it must be >= 0 and finite")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1]")
@@ -142,7 +143,7 @@ class PPOConfig(RunArguments):
             raise ValueError(
                 f"kl_off_policy is {self.kl_off_policy!r}; use none, prefix or prefix_truncated"
             )
-        if self.kl_weight_bound < 1:
+        if not self.kl_weight_bound >= 1:
             raise ValueError(f"kl_weight_bound is {self.kl_weight_bound}; it must be at least 1")
         if self.gradient_accumulation_steps != 1:
             raise ValueError(

@@ -1,14 +1,14 @@
 """Distillation on transformers.Trainer: a student towards its teacher, by any divergence."""
 
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from rlkl.kl import TokenStats, fused_logp_loss, fused_token_loss, future_kl
 from rlkl.kl.chunked import vocabulary_of
@@ -75,9 +75,16 @@ class DistillTrainer(TextTrainer):
 
     Raises:
         ValueError: columns that the settings do not work with, no rows, an empty text, a head
-            smaller than the tokenizer, a row longer than a model's positions, a teacher that is the
-            student, an adapter and a `peft_config`, weights that bf16 cannot be mixed with.
+            smaller than the tokenizer, a row longer than a model's positions, a teacher that shares
+            what is trained of the student (`train` looks once more), an adapter and a
+            `peft_config`, weights that bf16 cannot be mixed with, a model that `check_causal_lm`
+            refuses, fewer rows than a batch with ``dataloader_drop_last``, several processes.
+        FloatingPointError: in `train`: loss, gradient or weights are no longer finite.
     """
+
+    if_diverged: ClassVar[str] = (
+        "a lower learning_rate, or, where one model forbids what the other allows, with loss js"
+    )
 
     args: DistillConfig
     model: PreTrainedModel | PeftModel
@@ -116,7 +123,7 @@ class DistillTrainer(TextTrainer):
             sampled=args.on_policy_fraction > 0 or args.teacher_generated,
         )
         self.teacher = teacher_model.requires_grad_(False).eval()
-        self._step = self._calls = 0
+        self._step = self._calls = 0  # of `_generator`
         super().__init__(model, args, train_dataset, processing_class, eval_dataset, callbacks)
         for name, data in named_sets(eval_dataset).items():
             self._check_evaluation(data, name)
@@ -143,11 +150,12 @@ class DistillTrainer(TextTrainer):
             student, teacher = self.hidden_states(responses)
         with clock("loss"):
             loss, parts = self.loss(responses, student, teacher, on_policy)
+        self.check_finite("the loss", loss)
         with clock("measure"):
             if self._logs_this_step():
                 self.noted["measured"].append(self.measure(responses, student, teacher))
         tokens = float(responses.mask.sum())
-        parts |= {"data/on_policy": float(on_policy), "data/tokens": tokens}
+        parts |= {"data/on_policy": float(on_policy), "data/tokens": tokens, "loss": loss.item()}
         self.noted["steps"].append(parts | clock.seconds)
         return loss
 
@@ -295,10 +303,20 @@ class DistillTrainer(TextTrainer):
 
     # ---- what surrounds a step -------------------------------------------------------------------
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """TextTrainer.train; a step that an exception cut short is drawn from its first batch."""
+        self._step = -1
+        return super().train(resume_from_checkpoint, **kwargs)
+
     def tracked(self, resume: bool = False) -> AbstractContextManager[None]:
         """The W&B run, of the group that the loss names."""
         tags = ["distill", self.args.loss, type(self).__name__]
         return wandb_run(self.args, self.args.to_dict(), self.args.loss, tags, resume)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's, of the weights that are trained now: none of them may be the teacher's."""
+        check_apart(self.model, self.teacher, "teacher_model", "load it a second time")
+        return super().create_optimizer(model)
 
     def evaluate(
         self,

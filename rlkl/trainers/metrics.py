@@ -106,11 +106,17 @@ def _json_number(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _goes_before(record: dict[str, Any], step: int) -> bool:
+    """Whether a run that goes on after `step` has the record too: not that of a training's end."""
+    return record["step"] <= step and "train_runtime" not in record
+
+
 class MetricsFile(TrainerCallback):
     """Appends every log to ``metrics.jsonl`` in the output folder, whatever else is reported to.
 
-    A run that resumes first drops the records after its checkpoint, so that each step stands once;
-    a new run drops those of the run before it.
+    A run that resumes first drops the records after its checkpoint, and that of the stop, so that
+    each step stands once (but for one that ``logging_strategy="epoch"`` wrote because a stop cut an
+    epoch short); a new run drops those of the run before it.
     """
 
     def __init__(self) -> None:
@@ -130,7 +136,7 @@ class MetricsFile(TrainerCallback):
                 lines = path.read_text().splitlines(keepends=True)
                 whole = [line for line in lines if line.endswith("\n")]  # the last may be cut
                 own = [line for line in whole if state.global_step > 0 or line in self.written]
-                kept = [line for line in own if json.loads(line)["step"] <= state.global_step]
+                kept = [line for line in own if _goes_before(json.loads(line), state.global_step)]
                 temporary = path.with_suffix(".tmp")
                 temporary.write_text("".join(kept))
                 os.replace(temporary, path)

@@ -1,6 +1,7 @@
 """KL-penalised PPO on transformers.Trainer: one training step is one whole PPO update."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -25,32 +26,15 @@ from rlkl.kl import (
     FixedKLCoefficient,
     KLCoefficient,
     KLPlacement,
-    ModuleHead,
     RaoBlackwellEstimator,
     SampledEstimator,
     check_placement,
     get_estimator,
-    kl_rewards,
     prefix_weights,
     response_weights,
-    sequence_kl,
 )
-from rlkl.models import (
-    Critic,
-    check_apart,
-    check_causal_lm,
-    check_reference,
-    frozen_copy,
-    hidden_size,
-    output_head,
-)
-from rlkl.rl import (
-    clipped_value_loss,
-    gae,
-    penalise_missing_eos,
-    token_rewards,
-    whiten,
-)
+from rlkl.models import Critic, frozen_copy, hidden_size
+from rlkl.rl import clipped_value_loss
 from rlkl.rollout import (
     PolicyPass,
     Responses,
@@ -64,11 +48,12 @@ from rlkl.rollout import (
 )
 from rlkl.rollout.collect import SumOfRewards
 from rlkl.rollout.randomness import generator_of
-from rlkl.rollout.summary import summarise, token_kl
+from rlkl.rollout.summary import summarise
+from rlkl.trainers.advantages import Advantages, rollout_advantages
 from rlkl.trainers.config import PPOConfig
 from rlkl.trainers.policy_loss import PolicyLoss
-from rlkl.trainers.ppo_data import check_models, check_prompt_data
-from rlkl.trainers.step import StepClock, Update, explained_variance, update_metrics
+from rlkl.trainers.ppo_data import check_models, check_prompt_data, check_reference_stays
+from rlkl.trainers.step import StepClock, Update, update_metrics
 from rlkl.trainers.text_trainer import TextTrainer, named_sets
 from rlkl.trainers.tracking import log_completions, wandb_run
 
@@ -108,14 +93,20 @@ class PPOTrainer(TextTrainer):
 
     Raises:
         ValueError: an estimator in a placement where its gradient is not that of the sequence KL
-            (unless ``allow_biased_kl``), fewer prompts than a step needs, a prompt that is empty or
-            longer than a model's positions, a head smaller than the tokenizer, a model that cannot
-            be sampled and measured here (see `check_causal_lm`), a reference that would move with
-            the policy (shared weights that are trained, trained biases).
+            (unless ``allow_biased_kl``), or one that is for measuring alone; `peft_config` for a
+            model that has an adapter; models that `check_models` refuses (not causal, other
+            vocabularies, dtypes that bf16 cannot be mixed with, a reference that would move with
+            the policy: trained weights or an adapter that both have, base weights or biases trained
+            beside an adapter); data that `check_prompt_data` refuses (no column ``prompt``, fewer
+            prompts than a step needs, an empty one, one too long for a model); no reward model;
+            several processes. `train` refuses the reference once more, as weights are then.
+        FloatingPointError: in `train` and `evaluate`: log-probabilities, values, a gradient or
+            weights are no longer finite.
     """
 
     default_estimator: ClassVar[str] = "k1"
     default_placement: ClassVar[str] = "reward"
+    if_diverged: ClassVar[str] = "a lower learning_rate or a larger kl_coef"
 
     args: PPOConfig
     model: PreTrainedModel | PeftModel
@@ -146,21 +137,9 @@ class PPOTrainer(TextTrainer):
         if peft_config is not None:
             set_seed(args.seed)  # the adapter's start, as the Trainer does for what is made later
             model = get_peft_model(model, peft_config)  # pyright: ignore[reportArgumentType]
-        model.eval()  # as in every step
-        check_causal_lm(model, "model")
-        if ref_model is not None:
-            remedy = "leave it out (None is the model as it is now, without its adapter if any)"
-            check_apart(model, ref_model, "ref_model", f"{remedy}, or load it a second time")
-            check_causal_lm(ref_model.eval(), "ref_model")
         check_models(model, ref_model, processing_class, args)
         if ref_model is None and not isinstance(model, PeftModel):
             ref_model = frozen_copy(model)
-        check_reference(model, ref_model)
-        if ref_model is None and isinstance(output_head(model), ModuleHead):
-            raise ValueError(
-                "this head's logits depend on whether the adapter is on, so that policy and "
-                "reference cannot be in use at once: pass ref_model, a copy of the base model"
-            )
         self.ref_model = ref_model
         self._check_data = partial(
             check_prompt_data,
@@ -207,12 +186,12 @@ class PPOTrainer(TextTrainer):
                 first_pass = self.first_pass(responses)
             rollout = self.measure(responses, clock, first_pass)
             metrics = summarise(rollout)
-            advantages, returns, scale = self.advantages(rollout, metrics)
+            advantages = self.advantages(rollout, metrics)
             with clock("optimisation"):
-                loss = self.optimise(rollout, advantages, returns, scale, metrics, first_pass)
+                loss = self.optimise(rollout, advantages, metrics, first_pass)
             self.kl_coefficient.update(metrics["objective/kl"], len(rollout))
-        metrics["episode"] = (self.state.global_step + 1) * self.args.responses_per_step
-        self.noted["steps"].append(metrics | clock.seconds)
+        metrics["episode"] = self._responses_so_far()
+        self.noted["steps"].append(metrics | clock.seconds | {"loss": float(loss)})
         every, step = self.args.log_completions_steps, self.state.global_step + 1
         if every > 0 and (step - 1) % every == 0:
             folder = Path(str(self.args.output_dir))
@@ -257,6 +236,9 @@ class PPOTrainer(TextTrainer):
         """Responses -> their scores, and what policy, reference and critic say of them."""
         with clock("statistics"):
             tokens = self.token_statistics(responses, first_pass)
+        values = cast(Tensor, tokens.values)  # the trainer always passes its critic
+        self.check_finite("the policy's log π(y_t|h_t)", tokens.policy_logp[responses.mask])
+        self.check_finite("the critic's V(h_t)", values[responses.mask])
         with clock("scoring"):
             return collect_rollout(responses, self.reward, tokens, self.judges)
 
@@ -276,43 +258,18 @@ class PPOTrainer(TextTrainer):
             first_pass=first_pass,
         )
 
-    def advantages(
-        self, rollout: Rollout, metrics: dict[str, float]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Advantages [B, T], returns [B, T] and the scale σ by which the advantages were
-        divided.
-        """
-        args, mask, kl_coef = self.args, rollout.responses.mask, self.kl_coefficient.value
-        k = token_kl(self.estimator.name, rollout)
-        cost = torch.zeros_like(k)
-        if self.placement is not KLPlacement.LOSS:
-            cost = kl_rewards(k, mask, own_token=self.estimator.claims.own_token)
-        scores = penalise_missing_eos(
-            rollout.scores, rollout.responses.ended, args.missing_eos_penalty
+    def advantages(self, rollout: Rollout, metrics: dict[str, float]) -> Advantages:
+        """Advantages and returns of the score and of the KL that is in the reward."""
+        advantages, measured = rollout_advantages(
+            rollout, self.estimator, self.placement, self.kl_coefficient.value, self.args
         )
-        rewards = token_rewards(scores, cost, mask, kl_coef)
-        values = rollout.tokens.values
-        assert values is not None  # the trainer always passes its critic
-        advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
-        scale = torch.ones(())
-        if args.whiten_advantages:
-            advantages, scale = whiten(advantages, mask)
-        metrics |= {
-            "objective/kl": float(sequence_kl(k, mask).mean()),
-            "objective/non_score_reward": float(-kl_coef * cost.sum(1).mean()),
-            "objective/rlhf_reward": float(rewards.sum(1).mean()),
-            "kl_coef": kl_coef,
-            "val/explained_variance": explained_variance(values[mask], returns[mask]),
-            "val/advantage_std": float(scale),
-        }
-        return advantages, returns, scale
+        metrics |= measured
+        return advantages
 
     def optimise(
         self,
         rollout: Rollout,
-        advantages: Tensor,
-        returns: Tensor,
-        scale: Tensor,
+        advantages: Advantages,
         metrics: dict[str, float],
         first_pass: PolicyPass | None = None,
     ) -> Tensor:
@@ -337,15 +294,13 @@ class PPOTrainer(TextTrainer):
                     rollout,
                     rows,
                     advantages,
-                    returns,
-                    scale,
                     first_pass,
                     off_policy=bool(updates) and self.args.kl_off_policy != "none",
                 )
                 first_pass = None  # of the policy before its first update
                 updates.append(update)
                 loss = update.loss
-        self._clip_critic()
+        self._clip(self.critic, "the critic's")
         metrics |= update_metrics(
             updates, self.args.cliprange, self.args.cliprange_value, self.args.kl_weight_bound
         )
@@ -355,9 +310,7 @@ class PPOTrainer(TextTrainer):
         self,
         rollout: Rollout,
         rows: Tensor,
-        advantages: Tensor,
-        returns: Tensor,
-        scale: Tensor,
+        advantages: Advantages,
         policy_pass: PolicyPass | None = None,
         *,
         off_policy: bool = False,
@@ -373,19 +326,19 @@ class PPOTrainer(TextTrainer):
         """
         args, old = self.args, rollout.tokens
         count = rollout.responses.mask[rows].sum()
-        beta = self.kl_coefficient.value / float(scale)
+        beta = self.kl_coefficient.value / float(advantages.scale)
         parts: list[Update] = []
         assert old.values is not None  # the trainer always passes its critic
         for micro in rows.split(args.micro_batch_size or len(rows)):
             batch = rollout.responses.rows(micro)
             mask, length = batch.mask, batch.tokens.shape[1]
             old_logp, old_values, target = (
-                x[micro, :length] for x in (old.policy_logp, old.values, returns)
+                x[micro, :length] for x in (old.policy_logp, old.values, advantages.returns)
             )
             hidden, values = policy_pass or self.policy_pass(batch)
             assert values is not None
             policy = self.policy_loss(
-                rollout, micro, hidden, advantages, beta, count, off_policy=off_policy
+                rollout, micro, hidden, advantages.tokens, beta, count, off_policy=off_policy
             )
             value_loss = clipped_value_loss(
                 values, old_values[mask], target[mask], args.cliprange_value
@@ -410,16 +363,25 @@ class PPOTrainer(TextTrainer):
 
     def _apply_gradient(self) -> None:
         """Clips and steps between minibatches, as the Trainer does after the last one."""
-        self._clip_critic()
-        if self.args.max_grad_norm > 0:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        self._clip(self.model, "the policy's")
+        self._clip(self.critic, "the critic's")
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _clip_critic(self) -> None:
-        """The critic's gradient is clipped by itself: the Trainer clips the policy's."""
-        if self.args.max_grad_norm > 0:
-            self.accelerator.clip_grad_norm_(self.critic.parameters(), self.args.max_grad_norm)
+    def _clip(self, module: nn.Module, whose: str) -> None:
+        """Clips a gradient to `max_grad_norm`; the critic's is clipped by itself, since the Trainer
+        clips the policy's.
+        """
+        largest = self.args.max_grad_norm if self.args.max_grad_norm > 0 else math.inf
+        norm = self.accelerator.clip_grad_norm_(module.parameters(), largest)
+        self.check_finite(f"the norm of {whose} gradient", cast(Tensor, norm))
+
+    def _responses_so_far(self) -> int:
+        """Responses sampled up to this step, of which the last of an epoch may have fewer."""
+        epochs, steps = divmod(self.state.global_step + 1, self.batches_per_epoch)
+        batch, rows = self.args.per_device_train_batch_size, len(cast(Dataset, self.train_dataset))
+        prompts = epochs * min(rows, self.batches_per_epoch * batch) + steps * batch
+        return prompts * self.args.num_generations
 
     def _generator(self, purpose: str) -> torch.Generator:
         """Randomness of this step alone, so that a resumed run draws what it would have drawn;
@@ -437,8 +399,13 @@ class PPOTrainer(TextTrainer):
         return wandb_run(self.args, self.args.to_dict(), "-".join(names[:2]), names, resume)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimiser, with the critic as a parameter group of its own."""
+        """The Trainer's optimiser, with the critic as a parameter group of its own.
+
+        Which weights are trained is settled here: those that were frozen when the trainer was built
+        may not be.
+        """
         if self.optimizer is None:
+            check_reference_stays(self.model, self.ref_model)
             self.optimizer = super().create_optimizer(model)
             own_rate = self.args.value_learning_rate
             self.optimizer.add_param_group(
@@ -475,6 +442,8 @@ class PPOTrainer(TextTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the policy as `from_pretrained` reads it; critic and KL coefficient beside it."""
+        for name, weight in self.critic.named_parameters():
+            self.check_finite(f"the critic's weight {name}", weight)
         super().save_model(output_dir, _internal_call)
         folder = Path(output_dir or str(self.args.output_dir))
         if self.args.should_save:

@@ -1,12 +1,14 @@
 """What PPO reads, checked whole before any work: prompts, and the models that are to read them."""
 
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlkl.data import check_prompts
+from rlkl.kl import ModuleHead
 from rlkl.kl.chunked import vocabulary_of
-from rlkl.models import output_head
+from rlkl.models import check_apart, check_causal_lm, check_reference, output_head
 from rlkl.models.language_model import check_positions
 from rlkl.models.tokenizers import padding_id
 from rlkl.rollout import encode_prompts
@@ -59,13 +61,22 @@ def check_models(
     tokenizer: PreTrainedTokenizerBase,
     args: PPOConfig,
 ) -> None:
-    """Refuses weights that bf16 autocast cannot be mixed with, and different vocabularies.
+    """Refuses a policy and a reference that cannot be sampled, measured and trained together.
+
+    Both are in eval mode afterwards, as in every step. None, as in `PPOTrainer`, is a copy of the
+    policy or, with an adapter, the policy without it.
 
     Raises:
-        ValueError: float64 or float16 weights; a head without rows for all the tokenizer's tokens,
-            or with other rows than the reference's; it says what to do.
+        ValueError: one that is not what `check_causal_lm` asks for; weights in float64 or float16
+            that bf16 autocast cannot be mixed with; a head without rows for all the tokenizer's
+            tokens, or with other rows than the reference's; a reference that would move with the
+            policy (`check_reference_stays`). It says what to do.
     """
-    check_weights({"model": model} | ({} if ref_model is None else {"ref_model": ref_model}), args)
+    models = {"model": model} | ({} if ref_model is None else {"ref_model": ref_model})
+    for name, each in models.items():
+        check_causal_lm(each.eval(), name)
+    check_reference_stays(model, ref_model)
+    check_weights(models, args)
     rows = vocabulary_of(output_head(model))
     if rows < len(tokenizer):
         raise ValueError(
@@ -77,3 +88,23 @@ def check_models(
             f"model gives logits of {rows} tokens and ref_model of {other}: both need one "
             "vocabulary; resize_token_embeddings makes them equal"
         )
+    adapter_off = ref_model is None and isinstance(model, PeftModel)
+    if adapter_off and isinstance(output_head(model), ModuleHead):
+        raise ValueError(
+            "this head's logits depend on whether the adapter is on, so that policy and "
+            "reference cannot be in use at once: pass ref_model, a copy of the base model"
+        )
+
+
+def check_reference_stays(model: nn.Module, ref_model: nn.Module | None) -> None:
+    """Refuses a reference that would move while the policy's weights are trained as they are now.
+
+    Raises:
+        ValueError: it shares weights that are trained with the policy, or an adapter; or it is the
+            policy with its adapter off, and weights of the base are trained.
+    """
+    if ref_model is not None:
+        remedy = "leave it out (None is the model as it is now, without its adapter if any)"
+        check_apart(model, ref_model, "ref_model", f"{remedy}, or load it a second time")
+    elif isinstance(model, PeftModel):
+        check_reference(model, None)

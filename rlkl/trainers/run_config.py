@@ -16,6 +16,21 @@ def bf16_is_fast() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
+_IDLE = {
+    "gradient_checkpointing": (
+        "models are trained in eval mode here (without dropout), in which transformers does not "
+        "checkpoint (activation_checkpointing is another name for it). To save memory use smaller "
+        "batches"
+    ),
+    "neftune_noise_alpha": (
+        "models are trained in eval mode here (without dropout), in which no noise is added; leave "
+        "it out"
+    ),
+    "label_smoothing_factor": "it is for losses of transformers' own; leave it out",
+}
+"""Settings that would do nothing, and why."""
+
+
 @dataclass
 class RunArguments(TrainingArguments):
     """transformers.TrainingArguments with defaults for batches of texts, and the W&B run's name.
@@ -60,20 +75,14 @@ class RunArguments(TrainingArguments):
         # Tokens are drawn in float64, which Apple's GPUs have not.
         if accelerator is None or accelerator.type == "mps":
             self.use_cpu = True  # TrainingArguments refuses bf16 on a CPU that was not asked for
-        # The newer of its two names is not in transformers 5.20.
-        if self.gradient_checkpointing or getattr(self, "activation_checkpointing", False):
-            raise ValueError(
-                "gradient_checkpointing has no effect: models are trained in eval mode here "
-                "(without dropout), in which transformers does not checkpoint. To save memory use "
-                "smaller batches"
-            )
+        self._check_effect()  # of what was set, before transformers warns of its old name
         super().__post_init__()
-        if self.max_steps == 0:  # transformers would take one step
-            raise ValueError("max_steps is 0: give at least 1, or -1 for num_train_epochs")
-        if self.max_steps < 0 and self.num_train_epochs <= 0:
+        self._check_effect()
+        if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
             raise ValueError(
                 f"max_steps is {self.max_steps} and num_train_epochs {self.num_train_epochs}: "
-                "nothing would be trained; make one of them positive"
+                "nothing would be trained; make one of them positive (max_steps -1 leaves it to "
+                "num_train_epochs)"
             )
         for name in (
             "per_device_train_batch_size",
@@ -84,6 +93,11 @@ class RunArguments(TrainingArguments):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 <= self.learning_rate < math.inf:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be finite and >= 0")
+
+    def _check_effect(self) -> None:
+        for name, why in _IDLE.items():
+            if getattr(self, name):
+                raise ValueError(f"{name} has no effect: {why}")
 
     @property
     def gemm_dtype(self) -> torch.dtype | None:

@@ -78,6 +78,17 @@ def test_replaying_what_was_sampled_gives_the_same_numbers(pair, colours, tmp_pa
     assert any("taken as sampled from the policy" in note for note in again.notes)
 
 
+def test_prompts_are_those_with_a_response_where_a_replay_was_interrupted(pair, colours, tmp_path):
+    rows = sampled_rows(pair.policy.model, colours, 8)
+    path = write(tmp_path / "c.jsonl", sorted(rows, key=lambda row: row["prompt"]))
+    run = KLEstimation(pair, ReplayedResponses(pair, path, batch_size=3), Settings())
+    counts = []
+    while not run.done:
+        run.step()
+        counts.append(run.report(interrupted=True).prompts)
+    assert counts == [2, 3, 4]  # of two responses each
+
+
 def test_log_probs_equal_to_the_policys_change_nothing(pair, colours, tmp_path):
     rows = sampled_rows(pair.policy.model, colours, 64)
     weighted = replay(pair, write(tmp_path / "a.jsonl", rows))

@@ -50,3 +50,19 @@ def test_prompts_are_cut_to_their_last_tokens_as_in_training(make_lm, tokenizer,
         return [kl, seen, estimate.best.nats_per_response]
 
     assert read(prompt, max_prompt_length=2) == read("was so", max_prompt_length=2)
+
+
+def test_prompts_that_repeat_are_one_each_in_every_standard_error(make_lm, tokenizer):
+    """Equal scores of a prompt's responses say no more than one of them."""
+
+    def of_the_prompt(prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
+        return torch.tensor([1.0 if prompt == "the film" else -1.0 for prompt in prompts])
+
+    def errors(times: int) -> tuple[float, float]:
+        prompts = ["the film", "it was", "a plot"] * times
+        found = evaluate_policy(make_lm(), make_lm(), tokenizer, prompts, of_the_prompt, 4)
+        assert found.positive[0] == pytest.approx(1 / 3)
+        return found.positive[1], found.metrics["objective/scores_se"] / 2  # -1, 1 and 0, 1
+
+    assert errors(8) == pytest.approx(errors(1))
+    assert errors(8)[0] == pytest.approx(errors(8)[1])

@@ -13,6 +13,7 @@ from peft import LoraConfig
 from reward_models import LexiconReward
 from rlkl.rollout import Rollout
 from rlkl.trainers import DistillConfig, DistillTrainer, PPOConfig, PPOTrainer
+from rlkl.trainers.advantages import Advantages
 from rlkl.trainers.text_trainer import TextTrainer
 
 PROMPTS = ["the film is", "a plot", "I found this film and", "it", "so the end was", "acting"]
@@ -123,11 +124,11 @@ def gradient(flat_gradient: Callable[..., torch.Tensor]) -> Callable[..., torch.
     """The gradient that one minibatch leaves on the policy, as one vector."""
 
     def measure(
-        trainer: PPOTrainer, rollout: Rollout, rows: torch.Tensor, *channels, **options
+        trainer: PPOTrainer, rollout: Rollout, rows: torch.Tensor, advantages: Advantages, **options
     ) -> torch.Tensor:
         trainer.model.zero_grad()
         trainer.critic.zero_grad()
-        trainer.accumulate_gradient(rollout, rows, *channels, **options)
+        trainer.accumulate_gradient(rollout, rows, advantages, **options)
         return flat_gradient(trainer.model)
 
     return measure

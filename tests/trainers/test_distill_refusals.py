@@ -48,3 +48,20 @@ def test_weights_that_autocast_cannot_be_mixed_with_are_refused(
     args = DistillConfig(**(quick_run | {"bf16": True}))
     with pytest.raises(ValueError, match=rf" {which} has weights in {dtype}: set bf16=False"):
         build(args=args, **{which: make_lm(seed=2).to(dtype)})
+
+
+def test_a_teacher_whose_weights_are_unfrozen_later_is_seen_before_they_are_trained(build, make_lm):
+    student, teacher = make_lm(seed=1), make_lm(seed=0)
+    student.transformer.wpe.requires_grad_(False)
+    teacher.transformer.wpe = student.transformer.wpe
+    trainer = build(model=student, teacher_model=teacher)
+    student.transformer.wpe.requires_grad_(True)
+    with pytest.raises(ValueError, match="teacher_model share the weights that are trained"):
+        trainer.train()
+
+
+def test_fewer_rows_than_a_batch_are_refused_where_only_whole_batches_count(build, quick_run):
+    """Nothing was trained, and a warning said so."""
+    args = DistillConfig(**quick_run, dataloader_drop_last=True)
+    with pytest.raises(ValueError, match="the 1 rows of train_dataset are fewer than"):
+        build(args=args)

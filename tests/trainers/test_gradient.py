@@ -87,12 +87,12 @@ def log_probs(model, responses: Responses, temperature: float) -> torch.Tensor:
 def expected_gradient(trainer, responses, gradient) -> torch.Tensor:
     """Σ_y π(y) of the gradient of y's own loss; a loss is a mean over tokens: times T_y."""
     rollout = measured(trainer, responses)
-    channels = trainer.advantages(rollout, {})
+    advantages = trainer.advantages(rollout, {})
     lengths = responses.mask.sum(1)
     probability = rollout.tokens.policy_logp.double().sum(1).exp()
     assert float(probability.sum()) == pytest.approx(1, abs=1e-5)
     return sum(
-        probability[i] * lengths[i] * gradient(trainer, rollout, torch.tensor([i]), *channels)
+        probability[i] * lengths[i] * gradient(trainer, rollout, torch.tensor([i]), advantages)
         for i in range(len(responses))
     )
 
@@ -201,13 +201,14 @@ def test_whitening_divides_reward_and_loss_channel_alike(
     rows, real = torch.arange(len(responses)), responses.mask
     plain = make_pure_trainer(trainer_class)
     rollout = measured(plain, responses)
-    advantages, returns, one = plain.advantages(rollout, {})
-    assert one == 1
-    mean, scale = advantages[real].mean(), advantages[real].std(correction=0)
-    expected = gradient(plain, rollout, rows, advantages - mean, returns, one) / scale
+    unscaled = plain.advantages(rollout, {})
+    assert unscaled.scale == 1
+    mean, scale = unscaled.tokens[real].mean(), unscaled.tokens[real].std(correction=0)
+    centred = unscaled._replace(tokens=unscaled.tokens - mean)
+    expected = gradient(plain, rollout, rows, centred) / scale
 
     whitened = make_pure_trainer(trainer_class, whiten_advantages=True)
-    ours = gradient(whitened, rollout, rows, *whitened.advantages(rollout, {}))
+    ours = gradient(whitened, rollout, rows, whitened.advantages(rollout, {}))
     assert float((ours - expected).norm() / expected.norm()) < 1e-5
 
 
@@ -222,8 +223,8 @@ def test_micro_batches_leave_the_gradient_of_the_whole_minibatch(
         trainer = make_pure_trainer(trainer_class, **settings, micro_batch_size=micro)
         torch.nn.init.ones_(trainer.critic.head.weight)
         rollout = measured(trainer, responses)
-        channels = trainer.advantages(rollout, {})
-        policy = gradient(trainer, rollout, rows, *channels)
+        advantages = trainer.advantages(rollout, {})
+        policy = gradient(trainer, rollout, rows, advantages)
         critic = trainer.critic.head.weight.grad.double().flatten()
         results.append(torch.cat([policy, critic]))
     for other in results[1:]:
@@ -235,18 +236,19 @@ def test_the_value_loss_moves_the_critic_towards_the_returns(
 ):
     trainer = make_pure_trainer(vf_coef=1.0, cliprange_value=1e6)
     rollout = measured(trainer, responses)
-    advantages, returns, scale = trainer.advantages(rollout, {})
+    advantages = trainer.advantages(rollout, {})
     rows, real = torch.arange(len(responses)), responses.mask
-    gradient(trainer, rollout, rows, torch.zeros_like(advantages), returns, scale)
+    nothing = advantages._replace(tokens=torch.zeros_like(advantages.tokens))
+    gradient(trainer, rollout, rows, nothing)
     # d/db of mean ½ (b − R)² at b = 0 is minus the mean return
     bias = float(trainer.critic.head.bias.grad)
-    assert bias == pytest.approx(-float(returns[real].mean()), rel=1e-4)
+    assert bias == pytest.approx(-float(advantages.returns[real].mean()), rel=1e-4)
 
 
 def later_update_gradient(trainer, responses, gradient, **options) -> torch.Tensor:
     """Σ_y π_old(y) of the gradient of y's own loss, after the policy has moved from π_old."""
     rollout = measured(trainer, responses)
-    channels = trainer.advantages(rollout, {})
+    advantages = trainer.advantages(rollout, {})
     lengths = responses.mask.sum(1)
     probability = rollout.tokens.policy_logp.double().sum(1).exp()
     generator = torch.Generator().manual_seed(3)
@@ -257,7 +259,7 @@ def later_update_gradient(trainer, responses, gradient, **options) -> torch.Tens
     return sum(
         probability[i]
         * lengths[i]
-        * gradient(trainer, rollout, torch.tensor([i]), *channels, **options)
+        * gradient(trainer, rollout, torch.tensor([i]), advantages, **options)
         for i in range(len(responses))
     )
 
@@ -298,18 +300,20 @@ def test_the_parts_of_a_later_loss_are_reported_by_their_formulas(
         kl_estimator="rb", kl_placement=placement, kl_off_policy="prefix" if off_policy else "none"
     )
     rollout, real = measured(trainer, responses), responses.mask
-    channels = trainer.advantages(rollout, {})
+    advantages = trainer.advantages(rollout, {})
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.mul_(1.05)
     rows = torch.arange(len(responses))
-    update = trainer.accumulate_gradient(rollout, rows, *channels, off_policy=off_policy)
+    update = trainer.accumulate_gradient(rollout, rows, advantages, off_policy=off_policy)
     now, old = measured(trainer, responses).tokens, rollout.tokens
     ratio = (now.policy_logp - old.policy_logp).exp()
     weight = prefix_weights(now.policy_logp, old.policy_logp, real)
     k = now.kl * (weight if off_policy else 1.0)
     kl_loss = trainer.args.kl_coef * float(k[real].mean()) if placement == "both" else 0.0
-    assert float(update.policy_loss) == pytest.approx(-float((ratio * channels[0])[real].mean()))
+    assert float(update.policy_loss) == pytest.approx(
+        -float((ratio * advantages.tokens)[real].mean())
+    )
     assert float(update.kl_loss) == pytest.approx(kl_loss, rel=1e-4)
 
 
@@ -321,9 +325,9 @@ def test_where_the_policy_has_not_moved_prefix_weights_change_nothing(
         kl_estimator=estimator, kl_placement=placement, kl_off_policy="prefix", lam=0.9
     )
     rollout, rows = measured(trainer, responses), torch.arange(len(responses))
-    channels = trainer.advantages(rollout, {})
+    advantages = trainer.advantages(rollout, {})
     plain, weighted = (
-        gradient(trainer, rollout, rows, *channels, off_policy=flag) for flag in (False, True)
+        gradient(trainer, rollout, rows, advantages, off_policy=flag) for flag in (False, True)
     )
     assert float((weighted - plain).norm() / plain.norm()) < 1e-6
 

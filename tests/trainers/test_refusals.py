@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from peft import PromptTuningConfig, get_peft_model
+from peft import PeftModel, PromptTuningConfig, get_peft_model
 
 from rlkl.trainers import PPOTrainer, RaoBlackwellPPOTrainer
 
@@ -68,6 +68,11 @@ def test_an_estimator_that_does_not_fit_the_default_placement_is_refused(make_tr
         ({"kl_coef": -0.1}, "kl_coef is -0.1; it must be >= 0"),
         ({"kl_coef": float("nan")}, "nan"),
         ({"temperature": 0.0}, "temperature is 0.0; it must be > 0"),
+        ({"cliprange": float("nan")}, "cliprange is nan; it must be > 0"),
+        ({"vf_coef": float("nan")}, "vf_coef is nan; it must be >= 0 and finite"),
+        ({"value_learning_rate": float("inf")}, "value_learning_rate is inf; it must be >= 0 and"),
+        ({"kl_weight_bound": float("nan")}, "kl_weight_bound is nan; it must be at least 1"),
+        ({"max_steps": 0}, "max_steps is 0 .* nothing would be trained; make one of them positive"),
         ({"response_length": 0}, "response_length is 0; it must be > 0"),
         ({"num_mini_batches": 3}, "8 responses per step .* do not divide into num_mini_batches=3"),
         (
@@ -83,6 +88,8 @@ def test_an_estimator_that_does_not_fit_the_default_placement_is_refused(make_tr
         ({"lam": -1.0}, "lam is -1.0"),
         ({"missing_eos_penalty": -1.0}, "missing_eos_penalty is -1.0; it must be >= 0"),
         ({"gradient_checkpointing": True}, "gradient_checkpointing has no effect"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha has no effect"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor has no effect"),
         ({"fp16": True}, "use bf16"),
         ({"metric_for_best_model": "loss"}, "set it to objective/scores"),
         ({"kl_target": 6.0, "kl_coef": 0.0}, "needs initial > 0"),
@@ -92,6 +99,7 @@ def test_an_estimator_that_does_not_fit_the_default_placement_is_refused(make_tr
         ({"train_dataset": data(*["it"] * 8, " ")}, "train_dataset: prompt 8 is empty"),
         ({"train_dataset": data(*["it"] * 8, None)}, "train_dataset: prompt 8 is no text but None"),
         ({"train_dataset": Dataset.from_dict({"prompt": [CHAT] * 8})}, "apply_chat_template"),
+        ({"eval_dataset": data()}, "eval_dataset has no prompts: give it at least 1"),
         ({"eval_dataset": data("it", None)}, "eval_dataset: prompt 1 is no text but None"),
         ({"train_dataset": Dataset.from_dict({"text": ["it"] * 8})}, "'prompt' column is needed"),
         ({"train_dataset": data(*["it"] * 300, "it " * 60)}, "rows 256 to 300: .* 66 tokens"),
@@ -142,6 +150,33 @@ def test_an_adapter_that_trains_its_bases_biases_needs_a_reference(
     with pytest.raises(ValueError, match="use bias='none', or pass a ref_model"):
         make_trainer(peft_config=lora)
     assert make_trainer(peft_config=lora, ref_model=make_lm()).ref_model is not None
+
+
+def test_weights_that_are_unfrozen_later_are_seen_before_they_are_trained(
+    make_trainer, make_lm, lora
+):
+    adapted = make_trainer(peft_config=lora)
+    adapted.model.get_base_model().transformer.wpe.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"trained beside its adapter .*wpe"):
+        adapted.train()
+    model, ref_model = make_lm(), make_lm()
+    model.transformer.wpe.requires_grad_(False)
+    ref_model.transformer.wpe = model.transformer.wpe
+    shared = make_trainer(model=model, ref_model=ref_model)
+    model.transformer.wpe.requires_grad_(True)
+    with pytest.raises(ValueError, match="ref_model share the weights that are trained"):
+        shared.train()
+
+
+def test_an_adapter_that_was_loaded_frozen_is_not_trained_in_silence(
+    make_trainer, make_distiller, make_lm, lora, tmp_path
+):
+    """PPO trained the critic alone; distillation ended in an error of autograd's."""
+    get_peft_model(make_lm(), lora).save_pretrained(tmp_path / "adapter")
+    for make in (make_trainer, make_distiller):
+        trainer = make(model=PeftModel.from_pretrained(make_lm(), tmp_path / "adapter"))
+        with pytest.raises(ValueError, match=r"no weight of model .* is_trainable=True"):
+            trainer.train()
 
 
 def test_a_reference_may_share_what_is_frozen(make_trainer, make_lm, steps):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from rlkl.trainers import PPOTrainer, RaoBlackwellPPOTrainer
 from rlkl.trainers.resume import check_settings, last_checkpoint
@@ -123,6 +124,15 @@ def test_resuming_passes_over_a_checkpoint_that_a_kill_cut_short(make_trainer, t
     assert [r["step"] for r in step_records(tmp_path / "run")] == [1, 2, 3]
 
 
+def test_a_checkpoint_of_the_model_alone_is_nothing_to_go_on_from(make_trainer, tmp_path):
+    """Its schedule began anew, in silence."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    make_trainer(**settings).train()
+    with pytest.raises(ValueError, match=r"checkpoint-2 holds no optimiser .save_only_model"):
+        make_trainer(max_steps=3, **settings).train(resume_from_checkpoint=True)
+    assert make_trainer(**settings).train(resume_from_checkpoint=True).global_step == 2
+
+
 def test_resuming_nothing_says_so(make_trainer):
     with pytest.raises(ValueError, match="holds no whole checkpoint to go on from"):
         make_trainer().train(resume_from_checkpoint=True)
@@ -141,6 +151,105 @@ def test_the_adaptive_coefficient_rises_above_its_target_and_falls_below(make_tr
         trainer.train()
         second, third = (step["kl_coef"] for step in steps(trainer)[1:])
         assert (third > second) == rises
+
+
+class StopAfter(TrainerCallback):
+    """Ends training after a step with a checkpoint, as Ctrl-C does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+
+
+@pytest.mark.parametrize("method", ["ppo", "distill"])
+@pytest.mark.parametrize(
+    ("settings", "stop"),
+    [
+        ({"logging_steps": 3}, 4),
+        ({"logging_steps": 4, "dataloader_drop_last": False}, 3),
+        ({"logging_strategy": "epoch", "per_device_train_batch_size": 4}, 3),  # an epoch's end
+        (
+            {
+                "logging_steps": 3,
+                "max_steps": -1,
+                "num_train_epochs": 1.5,
+                "per_device_train_batch_size": 2,
+            },
+            5,
+        ),
+    ],
+    ids=str,
+)
+def test_the_records_of_a_run_do_not_tell_where_it_was_stopped(
+    make_trainer, make_distiller, tmp_path, method, settings, stop
+):
+    """Those that average several steps neither."""
+    make = make_trainer if method == "ppo" else make_distiller
+    settings = {"max_steps": 7} | settings
+    whole = make(output_dir=str(tmp_path / "whole"), **settings)
+    whole.train()
+    stopped = make(output_dir=str(tmp_path / "part"), **settings)
+    stopped.add_callback(StopAfter(stop))
+    stopped.train()
+    assert stopped.state.global_step == stop < whole.state.global_step
+    resumed = make(output_dir=str(tmp_path / "part"), **settings)
+    resumed.train(resume_from_checkpoint=True)
+    found, expected = (
+        [untimed(record) for record in lines(tmp_path / name)] for name in ("part", "whole")
+    )
+    assert found == expected
+    assert "loss" in expected[0]
+
+
+def test_a_training_starts_without_what_one_that_was_cut_short_had_measured(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=4, logging_steps=4)
+
+    def reward(prompts, responses):
+        if trainer.state.global_step == 2:
+            raise KeyboardInterrupt
+        return torch.zeros(len(responses))
+
+    trainer.reward = reward
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.reward = lambda prompts, responses: torch.ones(len(responses))
+    trainer.train()
+    assert lines(tmp_path / "run")[0]["objective/scores"] == 1  # of four steps, not of six
+
+
+@pytest.mark.parametrize(("epochs", "done"), [(0.5, 2), (1.0, 3)])
+def test_a_run_of_fractional_epochs_is_known_to_be_done(make_trainer, prompts, epochs, done):
+    settings = {"max_steps": -1, "save_strategy": "steps", "save_steps": 1}
+    settings |= {"per_device_train_batch_size": 4, "train_dataset": prompts}  # 3 steps an epoch
+    whole = make_trainer(num_train_epochs=0.5, **settings)
+    whole.train()
+    assert whole.state.global_step == 2
+    again = make_trainer(num_train_epochs=epochs, **settings)
+    assert again.train(resume_from_checkpoint=True).global_step == done
+
+
+def test_a_distillation_that_an_exception_ended_within_a_step_draws_it_anew(
+    make_distiller, monkeypatch
+):
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 1}
+    trainer, drawn = make_distiller(on_policy_fraction=1.0, **settings), []
+    sample = trainer.sample
+
+    def spied(*arguments):
+        drawn.append(sample(*arguments))
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        return drawn[-1]
+
+    monkeypatch.setattr(trainer, "sample", spied)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    assert len(drawn) == 5
+    assert drawn[0].texts == drawn[2].texts
 
 
 def test_the_last_checkpoint_is_the_newest_that_is_whole(tmp_path):

@@ -277,6 +277,23 @@ def test_steps_between_two_logs_are_averaged(make_trainer, steps):
     assert averaged[1]["episode"] == 32
 
 
+@pytest.mark.parametrize(("drop_last", "episodes"), [(True, [16, 32, 48]), (False, [16, 24, 40])])
+def test_episodes_are_the_responses_that_were_sampled(make_trainer, steps, drop_last, episodes):
+    """Of 12 prompts a second batch of 8 has 4."""
+    sampled = []
+
+    def reward(prompts, texts):
+        sampled.append(len(texts))
+        return torch.zeros(len(texts))
+
+    trainer = make_trainer(
+        reward_funcs=reward, dataloader_drop_last=drop_last, num_generations=2, max_steps=3
+    )
+    trainer.train()
+    assert [step["episode"] for step in steps(trainer)] == episodes
+    assert [sum(sampled[:n]) for n in (1, 2, 3)] == episodes
+
+
 def test_completions_are_written_with_scores_and_kl(make_trainer, tmp_path):
     trainer = make_trainer(
         max_steps=3,

@@ -79,6 +79,7 @@ class Totals:
     """Plain sums over responses."""
 
     n: int = 0
+    prompts: int = 0
     tokens: int = 0
     truncated: int = 0
     cut_weights: int = 0
@@ -139,6 +140,7 @@ class Accumulator:
         )
         totals, ref_over_policy = self.totals, 1 + torch.expm1(-measured.k["k1"].sum(1))
         totals.n += len(mask)
+        totals.prompts = max(totals.prompts, int(draws.prompt.max()) + 1)
         totals.tokens += int(mask.sum())
         totals.truncated += int((~draws.responses.ended).sum())
         totals.cut_weights += weights.cut

@@ -19,7 +19,7 @@ class Draws:
 
     responses: Responses
     prompt: Tensor
-    """[B] number of the prompt."""
+    """[B] number of the prompt: different ones are counted from 0 as they come first."""
     repetition: Tensor
     """[B] how many responses to that prompt came before."""
     sampler_logp: Tensor | None = None

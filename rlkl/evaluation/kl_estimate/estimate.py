@@ -165,7 +165,7 @@ class KLEstimation:
             estimators=accumulator.estimates(),
             headline=self.settings.headline,
             n=totals.n,
-            prompts=min(self.source.num_prompts, totals.n),
+            prompts=totals.prompts,
             tokens=totals.tokens,
             ess=accumulator.ess,
             ess_ref=accumulator.ess_ref,
