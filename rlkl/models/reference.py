@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -23,7 +24,7 @@ def reference_model(policy: nn.Module, ref_model: nn.Module | None) -> Iterator[
     if ref_model is not None:
         yield ref_model
     elif isinstance(policy, PeftModel) and "ref" in policy.peft_config:
-        trained = policy.active_adapter
+        trained = cast(str, policy.active_adapter)
         policy.set_adapter("ref", inference_mode=True)
         try:
             yield policy

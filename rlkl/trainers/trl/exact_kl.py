@@ -76,6 +76,7 @@ class ExactTokenKL(Trainer, ABC):
     """
 
     # TRL's, which has no types for them
+    model: PreTrainedModel | PeftModel
     temperature: float
     num_generations: int
     num_generations_eval: int
@@ -105,19 +106,20 @@ class ExactTokenKL(Trainer, ABC):
         without_kl = copy.copy(args)
         without_kl.beta = 0.0
         rewards = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
-        super().__init__(
-            model=model,  # pyright: ignore[reportArgumentType] (here and below: TRL's, not the Trainer's)
-            reward_funcs=[as_reward_function(reward) for reward in rewards],  # pyright: ignore[reportCallIssue]
-            args=without_kl,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,  # pyright: ignore[reportArgumentType]
-            processing_class=processing_class,
-            reward_processing_classes=reward_processing_classes,
-            callbacks=[*(callbacks or []), MetricsFile()],
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+        of_trl: dict[str, Any] = {
+            "model": model,
+            "reward_funcs": [as_reward_function(reward) for reward in rewards],
+            "args": without_kl,
+            "train_dataset": train_dataset,
+            "eval_dataset": eval_dataset,
+            "processing_class": processing_class,
+            "reward_processing_classes": reward_processing_classes,
+            "callbacks": [*(callbacks or []), MetricsFile()],
+            "optimizers": optimizers,
+            "quantization_config": quantization_config,
+            "peft_config": peft_config,
+        }
+        super().__init__(**of_trl)
         self.kl_coef = without_kl.beta = args.beta  # the settings again as they were given
         if not isinstance(self.processing_class, PreTrainedTokenizerBase):
             raise ValueError(

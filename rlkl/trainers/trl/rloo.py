@@ -43,8 +43,8 @@ class RaoBlackwellRLOOTrainer(ExactTokenKL, RLOOTrainer):
         optimizers: TRL's.
         quantization_config: TRL's, where model is a name.
         peft_config: puts this adapter on the policy.
-        ref_model: the reference; None takes the policy as it is now: a frozen copy, the adapter off,
-            or a copy of an adapter that the policy came with.
+        ref_model: the reference; None takes the policy as it is now: a frozen copy, the adapter
+            off, or a copy of an adapter that the policy came with.
         judges: reward models that are reported and never trained on, by name; prompts are texts.
 
     Raises:
