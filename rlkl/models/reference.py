@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -13,7 +14,8 @@ from torch import nn
 @contextmanager
 def reference_model(policy: nn.Module, ref_model: nn.Module | None) -> Iterator[nn.Module]:
     """Gives the reference: `ref_model` where there is one, else the PEFT policy with its adapter
-    off.
+    off, or with the adapter on that is named "ref" (TRL's trainers keep a trained adapter so, as it
+    was when they got it).
 
     Example:
         with reference_model(policy, None) as ref:
@@ -21,6 +23,13 @@ def reference_model(policy: nn.Module, ref_model: nn.Module | None) -> Iterator[
     """
     if ref_model is not None:
         yield ref_model
+    elif isinstance(policy, PeftModel) and "ref" in policy.peft_config:
+        trained = cast(str, policy.active_adapter)
+        policy.set_adapter("ref", inference_mode=True)
+        try:
+            yield policy
+        finally:
+            policy.set_adapter(trained)
     elif isinstance(policy, PeftModel):
         with policy.disable_adapter():
             yield policy
