@@ -108,9 +108,9 @@ class RichProgress(ClosingCallback):
     ) -> None:
         """Moves the bar and shows what the step measured."""
         if self.progress is not None:
-            measured = self.describe(logs or {})
-            fields = {} if measured is None else {"measured": measured}
-            self.progress.update(self.task, completed=state.global_step, **fields)
+            self.progress.update(self.task, completed=state.global_step)
+            if (measured := self.describe(logs or {})) is not None:
+                self.progress.update(self.task, measured=measured)
 
     def close(self) -> None:
         """Closes the bar."""

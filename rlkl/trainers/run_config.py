@@ -15,23 +15,9 @@ def bf16_is_fast() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def choose_precision(args: TrainingArguments) -> None:
-    """Sets bf16, if it is None, where the hardware is fast at it; and the CPU, where it is used.
-
-    To be called before TrainingArguments' own checks, which refuse bf16 on a CPU that was not asked
-    for.
-    """
-    if args.bf16 is None:
-        args.bf16 = not args.fp16 and bf16_is_fast()
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    # Tokens are drawn in float64, which Apple's GPUs have not.
-    if accelerator is None or accelerator.type == "mps":
-        args.use_cpu = True
-
-
 @dataclass
-class WandbArguments:
-    """How the W&B run of a training is called and found; see `rlkl.trainers.tracking.wandb_run`."""
+class RunNames:
+    """What a W&B run is called and belongs to."""
 
     wandb_project: str = field(default="rlkl", metadata={"help": "W&B project."})
     wandb_group: str | None = field(
@@ -45,7 +31,7 @@ class WandbArguments:
 
 
 @dataclass
-class RunArguments(WandbArguments, TrainingArguments):
+class RunArguments(RunNames, TrainingArguments):
     """transformers.TrainingArguments with defaults for batches of texts, and the W&B run's name.
 
     ``report_to`` keeps transformers' default "none": logs are files in ``output_dir``, and nothing
@@ -54,7 +40,7 @@ class RunArguments(WandbArguments, TrainingArguments):
 
     # Defaults of TrainingArguments that differ.
     logging_steps: float = field(default=1, metadata={"help": "Steps between logs."})
-    bf16: bool | None = field(
+    bf16: bool | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default=None,
         metadata={"help": "bf16 autocast of the trunks; None: where the hardware multiplies bf16."},
     )
@@ -92,3 +78,17 @@ class RunArguments(WandbArguments, TrainingArguments):
         Logits and sums are float32 either way.
         """
         return torch.bfloat16 if self.bf16 and self.device.type == "cpu" else None
+
+
+def choose_precision(args: TrainingArguments) -> None:
+    """Sets bf16, if it is None, where the hardware is fast at it; and the CPU, where it is used.
+
+    To be called before TrainingArguments' own checks, which refuse bf16 on a CPU that was not asked
+    for.
+    """
+    if args.bf16 is None:
+        args.bf16 = not args.fp16 and bf16_is_fast()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    # Tokens are drawn in float64, which Apple's GPUs have not.
+    if accelerator is None or accelerator.type == "mps":
+        args.use_cpu = True

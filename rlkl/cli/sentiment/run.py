@@ -127,7 +127,7 @@ def _prepare(
     reward = SentimentReward(
         task.reward_model,
         positive_label=task.positive_label,
-        score=task.reward_score,
+        score=task.reward_score,  # pyright: ignore[reportArgumentType] (checked there)
         clamp=task.reward_clamp,
     )
     judge = SentimentReward(task.judge_model or EMBEDDED_JUDGE)
