@@ -16,12 +16,8 @@ def bf16_is_fast() -> bool:
 
 
 @dataclass
-class RunArguments(TrainingArguments):
-    """transformers.TrainingArguments with defaults for batches of texts, and the W&B run's name.
-
-    ``report_to`` keeps transformers' default "none": logs are files in ``output_dir``, and nothing
-    is sent anywhere. "wandb" adds a W&B run, offline without a key.
-    """
+class RunNames:
+    """What a W&B run is called and belongs to."""
 
     wandb_project: str = field(default="rlkl", metadata={"help": "W&B project."})
     wandb_group: str | None = field(
@@ -32,6 +28,15 @@ class RunArguments(TrainingArguments):
         metadata={"help": "W&B id; None: a new one, kept in output_dir over resumes."},
     )
     wandb_tags: list[str] = field(default_factory=list, metadata={"help": "Further W&B tags."})
+
+
+@dataclass
+class RunArguments(RunNames, TrainingArguments):
+    """transformers.TrainingArguments with defaults for batches of texts, and the W&B run's name.
+
+    ``report_to`` keeps transformers' default "none": logs are files in ``output_dir``, and nothing
+    is sent anywhere. "wandb" adds a W&B run, offline without a key.
+    """
 
     # Defaults of TrainingArguments that differ.
     logging_steps: float = field(default=1, metadata={"help": "Steps between logs."})
