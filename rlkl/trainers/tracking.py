@@ -16,7 +16,7 @@ from transformers.integrations import WandbCallback
 from rlkl.kl import sequence_kl
 from rlkl.rollout import Rollout
 from rlkl.rollout.summary import REPORTED_ESTIMATORS, token_kl
-from rlkl.trainers.run_config import RunNames
+from rlkl.trainers.run_config import WandbArguments
 
 
 def wandb_mode() -> str:
@@ -61,7 +61,7 @@ def wandb_run(
     id_file = folder / "wandb_run_id.txt"
     if not (id_file.is_file() and (resume or args.resume_from_checkpoint)):
         id_file.write_text(secrets.token_hex(4))
-    names = args if isinstance(args, RunNames) else RunNames()
+    names = args if isinstance(args, WandbArguments) else WandbArguments()
     run = wandb.init(
         project=names.wandb_project,
         name=args.run_name,
