@@ -5,7 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
-from peft import PeftConfig, PeftModel
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -35,6 +40,15 @@ def reference_model(policy: nn.Module, ref_model: nn.Module | None) -> Iterator[
             yield policy
     else:
         raise ValueError("a policy without adapter needs a ref_model: frozen_copy(policy)")
+
+
+def keep_adapter(policy: PeftModel) -> None:
+    """Keeps a copy of the policy's adapter as it is now, named "ref", for `reference_model`."""
+    trained = cast(str, policy.active_adapter)
+    policy.add_adapter("ref", policy.peft_config[trained])
+    weights = get_peft_model_state_dict(policy, adapter_name=trained)
+    set_peft_model_state_dict(policy, weights, adapter_name="ref")
+    policy.set_adapter(trained)
 
 
 def check_reference(policy: nn.Module, ref_model: nn.Module | None) -> None:

@@ -15,9 +15,23 @@ def bf16_is_fast() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
+def choose_precision(args: TrainingArguments) -> None:
+    """Sets bf16, if it is None, where the hardware is fast at it; and the CPU, where it is used.
+
+    To be called before TrainingArguments' own checks, which refuse bf16 on a CPU that was not asked
+    for.
+    """
+    if args.bf16 is None:
+        args.bf16 = not args.fp16 and bf16_is_fast()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    # Tokens are drawn in float64, which Apple's GPUs have not.
+    if accelerator is None or accelerator.type == "mps":
+        args.use_cpu = True
+
+
 @dataclass
-class RunNames:
-    """What a W&B run is called and belongs to."""
+class WandbArguments:
+    """How the W&B run of a training is called and found; see `rlkl.trainers.tracking.wandb_run`."""
 
     wandb_project: str = field(default="rlkl", metadata={"help": "W&B project."})
     wandb_group: str | None = field(
@@ -31,7 +45,7 @@ class RunNames:
 
 
 @dataclass
-class RunArguments(RunNames, TrainingArguments):
+class RunArguments(WandbArguments, TrainingArguments):
     """transformers.TrainingArguments with defaults for batches of texts, and the W&B run's name.
 
     ``report_to`` keeps transformers' default "none": logs are files in ``output_dir``, and nothing
@@ -78,17 +92,3 @@ class RunArguments(RunNames, TrainingArguments):
         Logits and sums are float32 either way.
         """
         return torch.bfloat16 if self.bf16 and self.device.type == "cpu" else None
-
-
-def choose_precision(args: TrainingArguments) -> None:
-    """Sets bf16, if it is None, where the hardware is fast at it; and the CPU, where it is used.
-
-    To be called before TrainingArguments' own checks, which refuse bf16 on a CPU that was not asked
-    for.
-    """
-    if args.bf16 is None:
-        args.bf16 = not args.fp16 and bf16_is_fast()
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    # Tokens are drawn in float64, which Apple's GPUs have not.
-    if accelerator is None or accelerator.type == "mps":
-        args.use_cpu = True

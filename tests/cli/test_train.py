@@ -20,7 +20,7 @@ from rlkl.cli.sentiment.algorithms import ALGORITHMS
 from rlkl.cli.sentiment.plot import plot_training
 from rlkl.cli.sentiment.settings import GRPOArguments, RLOOArguments
 from rlkl.trainers.run_config import bf16_is_fast
-from tests.offline_wandb import history, offline_records
+from tests.offline_wandb import history, offline_records, without_key
 
 LENGTH = {"ppo": "response_length", "rloo": "max_completion_length"}
 LENGTH["grpo"] = LENGTH["rloo"]
@@ -33,11 +33,7 @@ def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    monkeypatch.setenv("WANDB_X_DISABLE_STATS", "true")
-    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "wandb-home"))
+    without_key(monkeypatch, tmp_path)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, command: str, folder: Path, **changes: Any) -> int:

@@ -27,7 +27,6 @@ from rlkl.data import EMBEDDED_EVAL_PROMPTS, EMBEDDED_TRAIN_PROMPTS, load_prompt
 from rlkl.evaluation import Evaluation
 from rlkl.models import check_same_tokenizer, frozen_copy, load_causal_lm, load_tokenizer
 from rlkl.trainers import RichProgress, StopOnInterrupt
-from rlkl.trainers.progress import closing_callbacks
 from rlkl.trainers.resume import FREE, check_settings, last_checkpoint, saved_state
 from rlkl.trainers.tracking import wandb_run
 
@@ -195,8 +194,7 @@ def _train(trainer: Any, checkpoint: str | None) -> None:
         trainer._load_from_checkpoint(checkpoint)
         trainer.state = state
         return
-    with closing_callbacks(trainer):
-        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def _log_results(summary: dict[str, Any], samples: list[dict[str, Any]], plot: Path) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig, RLOOConfig
 
-from rlkl.trainers.run_config import RunNames, choose_precision
+from rlkl.trainers.run_config import WandbArguments, choose_precision
 
 
 @dataclass
@@ -63,7 +63,7 @@ class SentimentArguments:
 
 
 @dataclass
-class _Run(RunNames):
+class _Run(WandbArguments):
     """The W&B run's name and rlkl's precision, before the settings of one of TRL's trainers."""
 
     def __post_init__(self) -> None:

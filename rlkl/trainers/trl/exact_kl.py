@@ -18,13 +18,20 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.integrations import WandbCallback
+from transformers.trainer_utils import TrainOutput
 from trl import GRPOConfig, RLOOConfig
 from trl.data_utils import is_conversational
 from trl.trainer.utils import disable_dropout_in_model
 
 from reward_models import RewardModel
 from rlkl.kl import TokenStats, fused_token_stats, future_kl
-from rlkl.models import frozen_copy, output_head, reference_model, response_hidden
+from rlkl.models import (
+    frozen_copy,
+    keep_adapter,
+    output_head,
+    reference_model,
+    response_hidden,
+)
 from rlkl.rl import leave_one_out_mean
 from rlkl.rollout import (
     Responses,
@@ -38,7 +45,8 @@ from rlkl.rollout import (
     token_statistics,
 )
 from rlkl.trainers.metrics import MetricsFile
-from rlkl.trainers.tracking import WandbMirror
+from rlkl.trainers.progress import closing_callbacks
+from rlkl.trainers.tracking import WandbMirror, wandb_run
 from rlkl.trainers.trl.checks import check_policy, check_settings
 from rlkl.trainers.trl.rewards import as_reward_function
 
@@ -85,6 +93,7 @@ class ExactTokenKL(Trainer, ABC):
     aux_loss_enabled: bool
     processing_class: PreTrainedTokenizerBase
     _metrics: dict[str, dict[str, list[float]]]
+    _tag_names: list[str]
 
     def __init__(
         self,
@@ -131,10 +140,13 @@ class ExactTokenKL(Trainer, ABC):
                 "set router_aux_loss_coef to 0"
             )
         policy = self.accelerator.unwrap_model(self.model)
-        disable_dropout_in_model(policy)
         if ref_model is None and not isinstance(policy, PeftModel):
             ref_model = frozen_copy(policy)
             vars(ref_model).pop("forward", None)  # TRL's, which would run the policy
+        came_with = isinstance(policy, PeftModel) and peft_config is None
+        if came_with and ref_model is None and "ref" not in policy.peft_config:
+            keep_adapter(policy)  # GRPO does so only with a beta of its own
+        disable_dropout_in_model(policy)
         check_policy(policy, ref_model, self.processing_class, args)
         self.ref_model = None if ref_model is None else ref_model.to(self.args.device).eval()
         self.judges = dict(judges or {})
@@ -142,6 +154,23 @@ class ExactTokenKL(Trainer, ABC):
             self.add_callback(WandbMirror)
         self._joint: TokenRecord | TokenStats | None = None
         self._scored: tuple[list[Any], Tensor] = [], torch.zeros(0)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Trainer.train, in a W&B run where ``report_to`` names wandb: offline without a key.
+
+        Args:
+            resume_from_checkpoint: its folder, or True for the last one in ``output_dir``. TRL's
+                random numbers go on from there, and its order of prompts after the first epoch
+                does not.
+            kwargs: those of Trainer.train.
+        """
+        tags = [*self._tag_names, "rb", "both"]
+        resumed = bool(resume_from_checkpoint)
+        with (
+            wandb_run(self.args, self.args.to_dict(), "-".join(tags[-3:]), tags, resumed),
+            closing_callbacks(self),
+        ):
+            return super().train(resume_from_checkpoint, **kwargs)
 
     # ---- a rollout -------------------------------------------------------------------------------
 

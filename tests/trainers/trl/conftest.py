@@ -4,13 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from trl import GRPOConfig, RLOOConfig
 
 from reward_models import LexiconReward
-from rlkl.trainers.trl import RaoBlackwellGRPOTrainer, RaoBlackwellRLOOTrainer
+from tests.trainers.trl.cases import CONFIGS
 
-CONFIGS = {RaoBlackwellRLOOTrainer: RLOOConfig, RaoBlackwellGRPOTrainer: GRPOConfig}
-both_trainers = pytest.mark.parametrize("trainer_class", list(CONFIGS))
 ARGUMENTS = (
     "model",
     "reward_funcs",

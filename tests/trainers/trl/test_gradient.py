@@ -13,8 +13,7 @@ import torch
 from rlkl.rollout import TokenRecord
 from rlkl.trainers.trl import RaoBlackwellGRPOTrainer, RaoBlackwellRLOOTrainer
 from rlkl.trainers.trl.exact_kl import future_kl_above_group
-
-from .conftest import both_trainers
+from tests.trainers.trl.cases import both_trainers
 
 PROMPT = [0, 1, 2]
 LENGTH = 3
@@ -40,7 +39,9 @@ def batch() -> dict[str, torch.Tensor]:
         "prompt_ids": torch.tensor([PROMPT] * len(rows)),
         "prompt_mask": torch.ones(len(rows), len(PROMPT), dtype=torch.long),
         "completion_ids": torch.tensor([[*row, *[0] * (LENGTH - len(row))] for row in rows]),
-        "completion_mask": torch.tensor([[int(t < len(row)) for t in range(LENGTH)] for row in rows]),
+        "completion_mask": torch.tensor(
+            [[int(t < len(row)) for t in range(LENGTH)] for row in rows]
+        ),
         "advantages": torch.randn(len(rows), generator=torch.Generator().manual_seed(7)),
         "num_items_in_batch": torch.tensor(float(LENGTH)),
     }
@@ -81,7 +82,10 @@ def with_kl(trainer, batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     tokens = measured(trainer, batch)
     probability = tokens.policy_logp.double().sum(1).exp()
     assert float(probability.sum()) == pytest.approx(1, abs=1e-5)
-    whole = batch | {"old_logps": tokens.policy_logp.sum(1), "old_per_token_logps": tokens.policy_logp}
+    whole = batch | {
+        "old_logps": tokens.policy_logp.sum(1),
+        "old_per_token_logps": tokens.policy_logp,
+    }
     return trainer.with_kl(whole, tokens), probability
 
 
