@@ -2,10 +2,10 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from trl import RLOOTrainer
 
-from rlkl.rl import clipped_policy_loss
 from rlkl.rollout import TokenRecord
 from rlkl.trainers.trl.exact_kl import ExactTokenKL
 
@@ -15,13 +15,15 @@ class RaoBlackwellRLOOTrainer(ExactTokenKL, RLOOTrainer):
 
     TRL takes β Σ_t u_t off a response's reward, u_t the sampled log-ratio, and weighs all tokens
     by the response's advantage. Here the advantage is that of the score alone, and the loss has β
-    times (mean over responses)
+    times the mean over responses of
 
-        Σ_t D_t(θ) + Σ_t ρ_t (Σ_{s>t} D_s − b_t),    ρ_t = π(y_t|h_t) / π_old(y_t|h_t),
+        Σ_t D_t(θ) + ρ Σ_t log π(y_t|h_t) (Σ_{s>t} D_s − b_t),    ρ = π(y) / π_old(y),
 
-    D_s as the rollout measured it, b_t the mean over the other responses to the prompt that reach
-    t, and ρ_t clipped as in PPO at 1 ± epsilon. At the first update of a rollout its expected
-    gradient is β ∇D_KL(π ‖ q) of whole responses. Every rollout's log has k1, k3 and the exact KL
+    ρ and D_s (as the rollout measured it) constant, b_t the mean over the other responses to the
+    prompt that reach t. At the first update of a rollout, where ρ = 1, its expected gradient is
+    β ∇D_KL(π ‖ q) of whole responses. In later ones a response whose score is clipped, and pulls no
+    more, does not pull to the reference either: the KL alone would undo what the score has moved.
+    Every rollout's log has k1, k3 and the exact KL
     with standard errors, under PPO's names (`rlkl.trainers.VOCABULARY`); TRL's ``kl`` is the exact
     KL in nats per token.
 
@@ -54,23 +56,29 @@ class RaoBlackwellRLOOTrainer(ExactTokenKL, RLOOTrainer):
     """
 
     epsilon_low: float
+    epsilon_high: float
 
     def with_kl(self, batch: dict[str, Any], tokens: TokenRecord) -> dict[str, Any]:
         """A rollout's batch, with the reference's states, and the KL that follows each token."""
-        mask = batch["completion_mask"].bool()
-        return batch | {
-            "old_token_logps": tokens.policy_logp,
-            "ref_hidden": tokens.ref_hidden,
-            "kl_cost": self.future_cost(tokens, mask),
-        }
+        cost = self.future_cost(tokens, batch["completion_mask"].bool())
+        return batch | {"ref_hidden": tokens.ref_hidden, "kl_cost": cost}
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """TRL's clipped loss of the score, and β times the KL's."""
         self._joint = stats = self.differentiable(inputs)
         loss = super()._compute_loss(model, inputs)
-        mask = inputs["completion_mask"].bool()
-        logp, old_logp, cost = (
-            x[mask] for x in (stats.policy_logp, inputs["old_token_logps"], inputs["kl_cost"])
+        ratio = (stats.policy_logp.detach().sum(1) - inputs["old_logps"]).exp()
+        future = (inputs["kl_cost"] * stats.policy_logp).sum(1)
+        return (
+            loss
+            + self.kl_coef
+            * torch.where(
+                self.pulls(ratio, inputs["advantages"]), stats.kl.sum(1) + ratio * future, 0.0
+            ).mean()
         )
-        future = clipped_policy_loss(logp, old_logp, -cost, self.epsilon_low)
-        return loss + self.kl_coef * (stats.kl[mask] + future).sum() / len(mask)
+
+    def pulls(self, ratio: Tensor, advantages: Tensor) -> Tensor:
+        """[B] whether the clipped loss of a response's score still has a gradient."""
+        above = (ratio > 1 + self.epsilon_high) & (advantages > 0)
+        below = (ratio < 1 - self.epsilon_low) & (advantages < 0)
+        return ~(above | below)

@@ -224,3 +224,23 @@ def test_the_kl_is_averaged_as_trl_averages_its_own(make_four_tokens, batch, los
     log_ratio = tokens.ref_logp - tokens.policy_logp
     ours = BETA * trainer.mean_over_tokens(log_ratio.exp() - 1 - log_ratio, inputs)
     assert float(ours) == pytest.approx(float(losses[1] - losses[0]), rel=1e-4)
+
+
+def test_a_clipped_response_pulls_neither_to_its_score_nor_to_the_reference(
+    make_four_tokens, batch, flat_gradient
+):
+    trainer = make_four_tokens(RaoBlackwellRLOOTrainer, epsilon=0.2, epsilon_high=0.4)
+    inputs, _ = with_kl(trainer, batch)
+    old = inputs["old_logps"].clone()
+    for ratio, advantage, pulls in (
+        (1.5, 1.0, False),
+        (1.5, -1.0, True),
+        (1.3, 1.0, True),
+        (0.7, -1.0, False),
+        (0.7, 1.0, True),
+    ):
+        inputs["old_logps"] = old - torch.tensor(ratio).log()
+        inputs["advantages"] = torch.full_like(batch["advantages"], advantage)
+        trainer.model.zero_grad()
+        trainer._compute_loss(trainer.model, row(inputs, 20)).backward()
+        assert bool(flat_gradient(trainer.model).any()) == pulls
