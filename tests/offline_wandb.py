@@ -6,7 +6,28 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from wandb.proto import wandb_internal_pb2
+
+
+def without_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine where W&B finds no key and nobody answers."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_PROJECT", "WANDB_DIR", "WANDB_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "wandb-home"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "90")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("WANDB_X_DISABLE_STATS", "true")
+
+    def asked(*args: object) -> None:
+        raise AssertionError("W&B asked for something")
+
+    monkeypatch.setattr("builtins.input", asked)
+    monkeypatch.setattr("getpass.getpass", asked)
 
 
 def offline_records(folder: Path, patience: float = 60.0) -> list[wandb_internal_pb2.Record]:

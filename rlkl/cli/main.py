@@ -11,6 +11,7 @@ from rlkl.cli.distill import distill
 from rlkl.cli.errors import fail
 from rlkl.cli.kl import kl
 from rlkl.cli.sweep import sweep_app
+from rlkl.cli.train import grpo, ppo, rloo
 
 app = typer.Typer(
     help="The KL of a language model from its reference: audited, estimated, traded for reward.",
@@ -19,12 +20,13 @@ app = typer.Typer(
 )
 app.command("audit")(audit)
 app.command("kl")(kl)
-# Its settings are a training configuration's, --help included: they are read from what follows.
-app.command(
-    "distill",
-    add_help_option=False,
-    context_settings={"ignore_unknown_options": True},
-)(distill)
+# Their settings are a training configuration's, --help included: they are read from what follows.
+for _name, _command in {"ppo": ppo, "rloo": rloo, "grpo": grpo, "distill": distill}.items():
+    app.command(
+        _name,
+        add_help_option=False,
+        context_settings={"ignore_unknown_options": True},
+    )(_command)
 app.add_typer(sweep_app, name="sweep")
 
 

@@ -15,6 +15,7 @@ from rlkl.models.reference import (
     check_apart,
     check_reference,
     frozen_copy,
+    keep_adapter,
     reference_model,
 )
 from rlkl.models.tokenizers import check_same_tokenizer, load_tokenizer
@@ -31,6 +32,7 @@ __all__ = [
     "check_same_tokenizer",
     "frozen_copy",
     "hidden_size",
+    "keep_adapter",
     "load_causal_lm",
     "load_pair",
     "load_tokenizer",

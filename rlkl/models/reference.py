@@ -3,8 +3,14 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
-from peft import PeftConfig, PeftModel
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -13,7 +19,8 @@ from torch import nn
 @contextmanager
 def reference_model(policy: nn.Module, ref_model: nn.Module | None) -> Iterator[nn.Module]:
     """Gives the reference: `ref_model` where there is one, else the PEFT policy with its adapter
-    off.
+    off, or with the adapter on that is named "ref" (TRL's trainers keep a trained adapter so, as it
+    was when they got it).
 
     Example:
         with reference_model(policy, None) as ref:
@@ -21,11 +28,27 @@ def reference_model(policy: nn.Module, ref_model: nn.Module | None) -> Iterator[
     """
     if ref_model is not None:
         yield ref_model
+    elif isinstance(policy, PeftModel) and "ref" in policy.peft_config:
+        trained = cast(str, policy.active_adapter)
+        policy.set_adapter("ref", inference_mode=True)
+        try:
+            yield policy
+        finally:
+            policy.set_adapter(trained)
     elif isinstance(policy, PeftModel):
         with policy.disable_adapter():
             yield policy
     else:
         raise ValueError("a policy without adapter needs a ref_model: frozen_copy(policy)")
+
+
+def keep_adapter(policy: PeftModel) -> None:
+    """Keeps a copy of the policy's adapter as it is now, named "ref", for `reference_model`."""
+    trained = cast(str, policy.active_adapter)
+    policy.add_adapter("ref", policy.peft_config[trained])
+    weights = get_peft_model_state_dict(policy, adapter_name=trained)
+    set_peft_model_state_dict(policy, weights, adapter_name="ref")
+    policy.set_adapter(trained)
 
 
 def check_reference(policy: nn.Module, ref_model: nn.Module | None) -> None:

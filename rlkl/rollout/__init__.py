@@ -5,6 +5,7 @@ from rlkl.rollout.collect import (
     collect_rollout,
     policy_pass,
     score_responses,
+    score_texts,
     token_statistics,
 )
 from rlkl.rollout.divergence import (
@@ -14,7 +15,7 @@ from rlkl.rollout.divergence import (
 )
 from rlkl.rollout.given import given_responses
 from rlkl.rollout.records import Responses, Rollout, TokenRecord, scatter_tokens
-from rlkl.rollout.sampling import encode_prompts, sample_responses
+from rlkl.rollout.sampling import encode_prompts, response_texts, sample_responses
 from rlkl.rollout.summary import summarise
 
 __all__ = [
@@ -28,9 +29,11 @@ __all__ = [
     "encode_prompts",
     "given_responses",
     "policy_pass",
+    "response_texts",
     "sample_responses",
     "scatter_tokens",
     "score_responses",
+    "score_texts",
     "summarise",
     "summarise_divergences",
     "token_statistics",

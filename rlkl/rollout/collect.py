@@ -21,13 +21,18 @@ def score_responses(
     Raises:
         ValueError: the reward model does not give one finite score per response.
     """
-    scores = _finite_scores(reward, responses.prompts, responses.texts, name)
+    scores = score_texts(reward, responses.prompts, responses.texts, name)
     return scores.to(responses.mask.device)
 
 
-def _finite_scores(
+def score_texts(
     reward: RewardModel, prompts: Sequence[str], texts: Sequence[str], name: str
 ) -> Tensor:
+    """[B] scores of texts that follow prompts, float32.
+
+    Raises:
+        ValueError: the reward model does not give one finite score per text.
+    """
     given = reward(prompts, texts)
     try:
         scores = torch.as_tensor(given, dtype=torch.float32)
@@ -181,7 +186,7 @@ class SumOfRewards:
             ValueError: one of the models does not give one finite score per response.
         """
         scores = [
-            _finite_scores(reward, prompts, responses, f"reward model {i} of {len(self.rewards)}")
+            score_texts(reward, prompts, responses, f"reward model {i} of {len(self.rewards)}")
             for i, reward in enumerate(self.rewards, 1)
         ]
         return torch.stack([each.cpu() for each in scores]).sum(0)

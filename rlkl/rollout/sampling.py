@@ -203,7 +203,7 @@ def sample_responses(
     tokens, mask = tokens[:, :length], mask[:, :length]
     return Responses(
         prompts=list(prompts),
-        texts=_texts(tokenizer, _real(prompt_ids, prompt_mask), _real(tokens, mask)),
+        texts=response_texts(tokenizer, _real(prompt_ids, prompt_mask), _real(tokens, mask)),
         prompt_ids=prompt_ids.to(device),
         prompt_mask=prompt_mask.to(device),
         tokens=tokens.to(device),
@@ -216,7 +216,7 @@ def _real(token_ids: Tensor, mask: Tensor) -> list[list[int]]:
     return [row[real].tolist() for row, real in zip(token_ids, mask, strict=True)]
 
 
-def _texts(
+def response_texts(
     tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], responses: list[list[int]]
 ) -> list[str]:
     """The responses as they read after their prompts, special tokens left out.

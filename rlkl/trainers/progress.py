@@ -107,9 +107,10 @@ class RichProgress(ClosingCallback):
         **kwargs: Any,
     ) -> None:
         """Moves the bar and shows what the step measured."""
-        measured = self.describe(logs or {})
-        if self.progress is not None and measured is not None:
-            self.progress.update(self.task, completed=state.global_step, measured=measured)
+        if self.progress is not None:
+            self.progress.update(self.task, completed=state.global_step)
+            if (measured := self.describe(logs or {})) is not None:
+                self.progress.update(self.task, measured=measured)
 
     def close(self) -> None:
         """Closes the bar."""

@@ -31,13 +31,23 @@ _IDLE = {
 """Settings that would do nothing, and why."""
 
 
-@dataclass
-class RunArguments(TrainingArguments):
-    """transformers.TrainingArguments with defaults for batches of texts, and the W&B run's name.
+def choose_precision(args: TrainingArguments) -> None:
+    """Sets bf16, if it is None, where the hardware is fast at it; and the CPU, where it is used.
 
-    ``report_to`` keeps transformers' default "none": logs are files in ``output_dir``, and nothing
-    is sent anywhere. "wandb" adds a W&B run, offline without a key.
+    To be called before TrainingArguments' own checks, which refuse bf16 on a CPU that was not asked
+    for.
     """
+    if args.bf16 is None:
+        args.bf16 = not args.fp16 and bf16_is_fast()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    # Tokens are drawn in float64, which Apple's GPUs have not.
+    if accelerator is None or accelerator.type == "mps":
+        args.use_cpu = True
+
+
+@dataclass
+class WandbArguments:
+    """How the W&B run of a training is called and found; see `rlkl.trainers.tracking.wandb_run`."""
 
     wandb_project: str = field(default="rlkl", metadata={"help": "W&B project."})
     wandb_group: str | None = field(
@@ -53,9 +63,18 @@ class RunArguments(TrainingArguments):
         metadata={"help": "What is compared, in the W&B config: a sweep's runs of one arm."},
     )
 
+
+@dataclass
+class RunArguments(WandbArguments, TrainingArguments):
+    """transformers.TrainingArguments with defaults for batches of texts, and the W&B run's name.
+
+    ``report_to`` keeps transformers' default "none": logs are files in ``output_dir``, and nothing
+    is sent anywhere. "wandb" adds a W&B run, offline without a key.
+    """
+
     # Defaults of TrainingArguments that differ.
     logging_steps: float = field(default=1, metadata={"help": "Steps between logs."})
-    bf16: bool | None = field(
+    bf16: bool | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default=None,
         metadata={"help": "bf16 autocast of the trunks; None: where the hardware multiplies bf16."},
     )
@@ -69,12 +88,7 @@ class RunArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.max_grad_norm is None:
             self.max_grad_norm = 0.0  # transformers' loop compares it, and 0 does not clip
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and bf16_is_fast()  # pyright: ignore[reportIncompatibleVariableOverride]
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        # Tokens are drawn in float64, which Apple's GPUs have not.
-        if accelerator is None or accelerator.type == "mps":
-            self.use_cpu = True  # TrainingArguments refuses bf16 on a CPU that was not asked for
+        choose_precision(self)
         self._check_effect()  # of what was set, before transformers warns of its old name
         super().__post_init__()
         self._check_effect()

@@ -18,6 +18,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainerState,
+    TrainingArguments,
 )
 from transformers.integrations import WandbCallback
 from transformers.trainer import OPTIMIZER_NAME
@@ -44,7 +45,7 @@ def check_rows(data: Any, which: str) -> None:
         )
 
 
-def check_weights(models: dict[str, nn.Module], args: RunArguments) -> None:
+def check_weights(models: dict[str, nn.Module], args: TrainingArguments) -> None:
     """Refuses weights that bf16 autocast cannot be mixed with, trained or not.
 
     Args:

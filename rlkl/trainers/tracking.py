@@ -16,7 +16,7 @@ from transformers.integrations import WandbCallback
 from rlkl.kl import sequence_kl
 from rlkl.rollout import Rollout
 from rlkl.rollout.summary import REPORTED_ESTIMATORS, token_kl
-from rlkl.trainers.run_config import RunArguments
+from rlkl.trainers.run_config import WandbArguments
 
 
 def wandb_mode() -> str:
@@ -40,7 +40,11 @@ def wandb_mode() -> str:
 
 @contextmanager
 def wandb_run(
-    args: RunArguments, config: dict[str, Any], group: str, tags: list[str], resume: bool = False
+    args: TrainingArguments,
+    config: dict[str, Any],
+    group: str,
+    tags: list[str],
+    resume: bool = False,
 ) -> Iterator[None]:
     """Opens a W&B run for the block if `args.report_to` names wandb and none is open.
 
@@ -57,14 +61,15 @@ def wandb_run(
     id_file = folder / "wandb_run_id.txt"
     if not (id_file.is_file() and (resume or args.resume_from_checkpoint)):
         id_file.write_text(secrets.token_hex(4))
+    names = args if isinstance(args, WandbArguments) else WandbArguments()
     run = wandb.init(
-        project=args.wandb_project,
+        project=names.wandb_project,
         name=args.run_name,
-        group=args.wandb_group or group,
-        tags=[*tags, *args.wandb_tags],
+        group=names.wandb_group or group,
+        tags=[*tags, *names.wandb_tags],
         config=config,
         dir=str(folder),
-        id=args.wandb_run_id or id_file.read_text(),
+        id=names.wandb_run_id or id_file.read_text(),
         resume="allow",
         mode=wandb_mode(),  # pyright: ignore[reportArgumentType]
         settings=wandb.Settings(silent=True, console="off"),

@@ -12,8 +12,9 @@ import pytest
 import torch
 import yaml
 
+from rlkl.cli.sentiment.algorithms import PPO
+from rlkl.sweep.spec import recipe_settings
 from rlkl.trainers import PPOTrainer
-from rlkl.trainers.config import PPOConfig
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SCRIPTS = sorted(p for p in RECIPES.glob("*.py") if '__name__ == "__main__"' in p.read_text())
@@ -141,7 +142,7 @@ def test_an_unfinished_run_with_other_settings_is_not_overwritten(
     folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("rlkl.evaluation.evaluate_policy", evaluate_once())
+        patch.setattr("rlkl.cli.sentiment.held_out.evaluate_policy", evaluate_once())
         with pytest.raises(KeyboardInterrupt):
             run(patch, "sentiment_ppo.py", arguments(folders, save_steps=1))
     refused(monkeypatch, capsys, arguments(folders, kl_coef=0.9), "kl_coef")
@@ -247,9 +248,11 @@ def test_bad_input_gets_one_line_exit_code_2_and_writes_nothing(
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("sentiment_ppo*.yaml")), ids=lambda f: f.name)
 def test_every_key_of_every_recipe_is_a_setting(file: Path) -> None:
-    from trl import ModelConfig
-
-    known = {*PPOConfig.__dataclass_fields__, *ModelConfig.__dataclass_fields__}
-    script = runpy.run_path(str(RECIPES / "sentiment_ppo.py"), run_name="recipe")
-    known |= script["SentimentArguments"].__dataclass_fields__.keys()
+    settings = recipe_settings(str(RECIPES / "sentiment_ppo.py"))  # what a sweep reads
+    known = {name for each in settings for name in each.__dataclass_fields__}
     assert yaml.safe_load(file.read_text()).keys() <= known
+
+
+def test_the_command_has_the_recipes_defaults() -> None:
+    shipped = Path(PPO.defaults).read_bytes()
+    assert shipped == (RECIPES / "sentiment_ppo.yaml").read_bytes()

@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from rlkl.rollout import encode_prompts, sample_responses
-from rlkl.rollout.sampling import _DRAW_BLOCK, _draw, _texts
+from rlkl.rollout.sampling import _DRAW_BLOCK, _draw, response_texts
 
 PROMPTS = ["the film", "it", "I found this plot and the end", "a plot"]
 
@@ -190,7 +190,7 @@ def test_a_response_that_changes_how_its_prompt_reads_is_decoded_alone(make_toke
     tokenizer = make_tokenizer(["<0xC3>", "<0xA9>", "b"])
     bytes_of = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.backend_tokenizer.decoder = bytes_of
-    assert _texts(tokenizer, [[1, 2], [1, 2]], [[1, 3], [1, 2, 3]]) == ["\ufffdb", "éb"]
+    assert response_texts(tokenizer, [[1, 2], [1, 2]], [[1, 3], [1, 2, 3]]) == ["\ufffdb", "éb"]
 
 
 def test_input_ids_join_prompt_and_response(lm, tokenizer):

@@ -5,7 +5,7 @@ from io import StringIO
 
 import pytest
 from rich.console import Console
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlkl.trainers import RichProgress, StopOnInterrupt
 
@@ -47,3 +47,17 @@ def test_ctrl_c_ends_training_after_the_step_in_work_with_a_checkpoint(make_trai
     trainer.train()
     assert trainer.state.global_step == 1
     assert (tmp_path / "run" / "checkpoint-1" / "critic.safetensors").is_file()
+
+
+def test_the_bar_moves_with_a_log_that_measured_nothing_and_keeps_what_was_measured(tmp_path):
+    """An update of an older rollout."""
+    console = Console(file=StringIO(), force_terminal=True)
+    progress = RichProgress(console, describe=lambda logs: logs.get("measured"))
+    args, control = TrainingArguments(str(tmp_path), use_cpu=True), TrainerControl()
+    state = TrainerState(max_steps=3)
+    progress.on_train_begin(args, state, control)
+    for state.global_step, logs in ((1, {"measured": "reward 1"}), (2, {"loss": 0.5})):
+        progress.on_log(args, state, control, logs)
+    (task,) = progress.progress.tasks
+    assert (task.completed, task.fields["measured"]) == (2, "reward 1")
+    progress.close()

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from rlkl.trainers import DistillConfig, PPOConfig, RaoBlackwellPPOTrainer
 from rlkl.trainers.tracking import wandb_mode
-from tests.offline_wandb import history, offline_records
+from tests.offline_wandb import history, offline_records, without_key
 
 # wandb's own code under Python 3.11 and pydantic 2
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -17,22 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::R
 
 @pytest.fixture(autouse=True)
 def _no_key_and_nobody_to_ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_PROJECT", "WANDB_DIR", "WANDB_DISABLED"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "wandb-home"))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "90")
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    monkeypatch.setenv("WANDB_X_DISABLE_STATS", "true")
-
-    def asked(*args: object) -> None:
-        raise AssertionError("W&B asked for something")
-
-    monkeypatch.setattr("builtins.input", asked)
-    monkeypatch.setattr("getpass.getpass", asked)
+    without_key(monkeypatch, tmp_path)
 
 
 def test_without_a_key_runs_are_offline(monkeypatch):

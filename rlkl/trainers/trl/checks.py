@@ -1,0 +1,133 @@
+"""What TRL's settings and models must be for the exact KL of a sequence to be what is trained."""
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from trl import GRPOConfig, RLOOConfig
+
+from rlkl.kl import ModuleHead
+from rlkl.kl.chunked import vocabulary_of
+from rlkl.models import check_apart, check_causal_lm, check_reference, output_head
+from rlkl.models.language_model import trunk_of
+from rlkl.trainers.text_trainer import check_weights
+
+
+def check_settings(args: RLOOConfig | GRPOConfig) -> None:
+    """Refuses settings under which the loss would follow another gradient than the objective's.
+
+    Raises:
+        ValueError: names the setting, what it does, and what to set.
+    """
+    refused = {
+        "top_p": (args.top_p == 1, "truncates the sampler, whose KL is another: set 1.0"),
+        "top_k": (not args.top_k, "truncates the sampler, whose KL is another: set 0"),
+        "min_p": (not args.min_p, "truncates the sampler, whose KL is another: leave it None"),
+        "repetition_penalty": (
+            args.repetition_penalty == 1,
+            "samples from other distributions than those that are measured: set 1.0",
+        ),
+        "generation_kwargs": (
+            not args.generation_kwargs,
+            "may sample from other distributions than those that are measured: leave it None "
+            "(temperature and max_completion_length are settings of their own)",
+        ),
+        "mask_truncated_completions": (
+            not args.mask_truncated_completions,
+            "leaves the KL of long responses out: set False",
+        ),
+        "sync_ref_model": (
+            not args.sync_ref_model,
+            "moves the reference, from which the KL is to be held: set False",
+        ),
+        "temperature": (args.temperature > 0, "must be positive"),
+        "beta": (args.beta >= 0, "must be at least 0 (0 measures the KL all the same)"),
+    }
+    if isinstance(args, RLOOConfig):
+        refused["normalize_advantages"] = (
+            not args.normalize_advantages,
+            "divides the score by its spread, and not the KL: set False",
+        )
+    else:
+        refused |= {
+            "loss_type": (
+                args.loss_type in ("dapo", "bnpo", "dr_grpo"),
+                "weighs the tokens of one response otherwise than those of another, or clips in "
+                "a way that is not this KL's: use dapo, bnpo or dr_grpo",
+            ),
+            "importance_sampling_level": (
+                args.importance_sampling_level == "token",
+                "gives all tokens of a response the KL that follows any of them: set token",
+            ),
+            "top_entropy_quantile": (
+                args.top_entropy_quantile == 1,
+                "leaves the KL of most tokens out: set 1.0",
+            ),
+            "off_policy_mask_threshold": (
+                args.off_policy_mask_threshold is None,
+                "leaves the KL of some responses out: leave it None",
+            ),
+        }
+    for name, (fine, reason) in refused.items():
+        if not fine:
+            raise ValueError(f"{name} is {getattr(args, name)!r}: it {reason}")
+    if args.world_size > 1 or args.deepspeed is not None or args.fsdp:
+        raise ValueError(
+            "rlkl's trainers run in one process, without DeepSpeed and FSDP: the exact KL reads "
+            "heads and hidden states whole"
+        )
+
+
+def check_policy(
+    model: nn.Module,
+    ref_model: nn.Module | None,
+    tokenizer: PreTrainedTokenizerBase,
+    args: RLOOConfig | GRPOConfig,
+) -> None:
+    """Refuses models that cannot be measured exactly. Leaves the policy in eval mode.
+
+    Raises:
+        ValueError: see `check_causal_lm`, `check_apart`, `check_reference`; also dropout that is
+            left in training, different vocabularies, and weights that the precision does not suit.
+    """
+    given = {} if ref_model is None else {"ref_model": ref_model}
+    check_weights({"model": model} | given, args)
+    _check_deterministic(model)
+    check_causal_lm(model.eval(), "model")
+    rows = vocabulary_of(output_head(model))
+    if rows < len(tokenizer):
+        raise ValueError(
+            f"model gives logits of {rows} tokens and processing_class has {len(tokenizer)}: pass "
+            "the model's own tokenizer, or give the new tokens rows by resize_token_embeddings"
+        )
+    if ref_model is not None:
+        remedy = "leave it out (None is the model as it is now), or load it a second time"
+        check_apart(model, ref_model, "ref_model", remedy)
+        check_causal_lm(ref_model.eval(), "ref_model")
+        if (other := vocabulary_of(output_head(ref_model))) != rows:
+            raise ValueError(
+                f"model gives logits of {rows} tokens and ref_model of {other}: both need one "
+                "vocabulary; resize_token_embeddings makes them equal"
+            )
+    elif isinstance(model, PeftModel):
+        check_reference(model, None)
+        if isinstance(output_head(model), ModuleHead):
+            raise ValueError(
+                "this head's logits depend on whether the adapter is on, so that policy and "
+                "reference cannot be in use at once: pass ref_model, a copy of the base model"
+            )
+
+
+@torch.no_grad()
+def _check_deterministic(model: nn.Module) -> None:
+    trunk, mode = trunk_of(model), model.training
+    ids = torch.zeros(1, 4, dtype=torch.long, device=trunk.device)
+    model.train()
+    first, second = (trunk(input_ids=ids, use_cache=False).last_hidden_state for _ in range(2))
+    model.train(mode)
+    if not torch.equal(first, second):
+        raise ValueError(
+            "model has dropout that is no module of its own and stays on in training, so that "
+            "policy and reference are never the same function: set its config's dropout fields "
+            "(attention_dropout, ...) to 0 before it is loaded"
+        )

@@ -1,0 +1,256 @@
+"""`rlkl ppo`, `rlkl rloo` and `rlkl grpo` as their users run them: tiny local models, stops,
+nonsense.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from matplotlib.image import imread
+from trl import GRPOConfig, RLOOConfig
+
+from rlkl.cli.main import main
+from rlkl.cli.sentiment.algorithms import ALGORITHMS
+from rlkl.cli.sentiment.plot import plot_training
+from rlkl.cli.sentiment.settings import GRPOArguments, RLOOArguments
+from rlkl.trainers.run_config import bf16_is_fast
+from tests.offline_wandb import history, offline_records, without_key
+
+LENGTH = {"ppo": "response_length", "rloo": "max_completion_length"}
+LENGTH["grpo"] = LENGTH["rloo"]
+every_command = pytest.mark.parametrize("command", list(LENGTH))
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No folder with recipes, and no W&B account."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setenv("COLUMNS", "120")
+    without_key(monkeypatch, tmp_path)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, command: str, folder: Path, **changes: Any) -> int:
+    """The exit code of two steps on the folder's models, with the command's own defaults."""
+    options = {
+        "model_name_or_path": folder / "policy",
+        "reward_model": folder / "classifier",
+        "judge_model": folder / "classifier",
+        "prompts": folder / "prompts.txt",
+        "eval_prompts": folder / "prompts.txt",
+        "best_of_n": 4,
+        "per_device_train_batch_size": 8,
+        LENGTH[command]: 5,
+        "max_steps": 2,
+        "output_dir": folder / "run",
+        "bf16": False,
+        "report_to": "none",
+    } | changes
+    return called(monkeypatch, command, *(w for n, v in options.items() for w in (f"--{n}", v)))
+
+
+def called(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["rlkl", *map(str, words)])
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def steps_of(folder: Path) -> list[int]:
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return [record["step"] for line in lines if "loss" in (record := json.loads(line))]
+
+
+@every_command
+def test_two_steps_end_in_tables_numbers_a_plot_and_a_policy(command, folders, monkeypatch, capsys):
+    assert run(monkeypatch, command, folders) == 0
+    summary = json.loads((folders / "run" / "summary.json").read_text())
+    assert summary["initial_kl"] == 0
+    assert summary["kl_rb"] > 0
+    assert summary["reward_after"] != summary["reward_before"]
+    assert summary["best_of_4"] > summary["reference_reward"]
+    assert ("initial_ratio_error" in summary) == (command == "ppo")
+    assert len(json.loads((folders / "run" / "samples.json").read_text())) == 5
+    assert imread(folders / "run" / "training.png").size > 0
+    assert (folders / "run" / "policy" / "model.safetensors").is_file()
+    assert not list((folders / "run").glob("checkpoint-*"))
+    out = capsys.readouterr().out
+    assert f"Held-out prompts, {command.upper()}, KL by rb in both" in out
+    assert "nats per response" in out
+    written = out[out.index("Written to") :]
+    assert ("completions.jsonl" in written) == (folders / "run" / "completions.jsonl").is_file()
+
+
+@every_command
+def test_the_help_has_an_example_and_the_settings_with_their_defaults(command, monkeypatch, capsys):
+    assert called(monkeypatch, command, "--help") == 0
+    out = capsys.readouterr().out
+    assert f"usage: rlkl {command} " in out
+    assert f"Example: rlkl {command} --" in out
+    assert f"--{LENGTH[command]}" in out
+    assert f"(default: runs/sentiment_{command})" in " ".join(out.split())
+
+
+@every_command
+def test_all_three_are_listed(command, monkeypatch, capsys):
+    assert called(monkeypatch, "--help") == 0
+    assert f"{command} " in capsys.readouterr().out
+
+
+@every_command
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kl_coeff": 0.1}, "kl_coeff"),
+        ({"config": "none.yaml"}, "none.yaml"),
+        ({"config": "{folder}/bad.yaml"}, "kl_coeff"),
+        ({"prompts": "none.txt"}, "none.txt"),
+        ({"model_name_or_path": "/no/such"}, "no such model folder: /no/such"),
+        ({"best_of_n": 1}, "best_of_n is 1; give at least 2"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    command, changes, message, folders, monkeypatch, capsys
+):
+    (folders / "bad.yaml").write_text(yaml.safe_dump({"kl_coeff": 0.1}))
+    changes = {name: str(value).format(folder=folders) for name, value in changes.items()}
+    assert run(monkeypatch, command, folders, **changes) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (folders / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top_k": 20}, "top_k is 20"),
+        ({"beta": -1}, "beta is -1"),
+        ({"per_device_train_batch_size": 6}, "num_generations"),
+    ],
+)
+def test_settings_of_rloo_that_cannot_be_trained_with_are_bad_input_too(
+    changes, message, folders, monkeypatch, capsys
+):
+    assert run(monkeypatch, "rloo", folders, **changes) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+@every_command
+def test_a_stopped_run_goes_on_and_refuses_other_settings(command, folders, monkeypatch, capsys):
+    def at_once(self, args, state, control, **kwargs):
+        control.should_save = control.should_training_stop = True
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr("rlkl.trainers.StopOnInterrupt.on_step_end", at_once)
+        assert run(stopped, command, folders) == 130
+    assert "stopped after step 1 of 2" in capsys.readouterr().out
+    assert run(monkeypatch, command, folders, learning_rate=1e-5) == 2
+    assert "unfinished run with learning_rate=0.0003, not 1e-05" in capsys.readouterr().err
+    assert run(monkeypatch, command, folders) == 0
+    assert "going on from" in capsys.readouterr().out
+    assert steps_of(folders) == [1, 2]
+
+
+@every_command
+def test_a_run_killed_after_its_last_step_measures_and_trains_no_more(
+    command, folders, monkeypatch
+):
+    with monkeypatch.context() as killed:
+        killed.setattr("rlkl.cli.sentiment.held_out.evaluate_policy", once())
+        assert run(killed, command, folders, save_steps=1, keep_checkpoints=True) == 130
+    trained = torch.load(folders / "run" / "checkpoint-2" / "optimizer.pt")
+    assert run(monkeypatch, command, folders, save_steps=1, keep_checkpoints=True) == 0
+    assert steps_of(folders) == [1, 2]
+    assert not (folders / "run" / "checkpoint-3").exists()
+    after = torch.load(folders / "run" / "checkpoint-2" / "optimizer.pt")
+    assert str(after["state"]) == str(trained["state"])
+    weights, saved = (
+        (folders / "run" / name / "model.safetensors").read_bytes()
+        for name in ("policy", "checkpoint-2")
+    )
+    assert weights == saved
+
+
+def once() -> Callable[..., Any]:
+    """The evaluation before training works, the one after is interrupted."""
+    from rlkl.evaluation import evaluate_policy
+
+    calls: list[int] = []
+
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return evaluate_policy(*args, **kwargs)
+
+    return evaluate
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # GPT-2's layers are transposed
+def test_an_adapter_has_its_own_base_as_reference(folders, monkeypatch):
+    assert run(monkeypatch, "rloo", folders, use_peft=True, learning_rate=0.01) == 0
+    summary = json.loads((folders / "run" / "summary.json").read_text())
+    assert summary["initial_kl"] == 0
+    assert summary["kl_rb"] > 0
+    assert (folders / "run" / "policy" / "adapter_model.safetensors").is_file()
+
+
+# wandb's own code under Python 3.11 and pydantic 2
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+@pytest.mark.parametrize("command", ["rloo", "grpo"])
+def test_wandb_gets_one_run_with_steps_samples_and_summary(command, folders, monkeypatch):
+    assert run(monkeypatch, command, folders, report_to="wandb", wandb_project="mine") == 0
+    records = offline_records(folders / "run")  # one, below the output folder
+    (opened,) = (r.run for r in records if r.HasField("run"))
+    assert (opened.project, opened.run_group) == ("mine", f"{command}-rb-both")
+    assert set(opened.tags) == {"sentiment", command, "rb", "both"}
+    rows = history(records)
+    assert any("train/kl/rb" in row for row in rows)
+    assert any("samples/path" in row for row in rows)
+    assert not list(Path.cwd().iterdir())
+
+
+@every_command
+def test_every_key_of_the_defaults_is_a_setting(command):
+    algorithm = ALGORITHMS[command.upper()]
+    known = {name for each in algorithm.settings for name in each.__dataclass_fields__}
+    assert yaml.safe_load(Path(algorithm.defaults).read_text()).keys() <= known
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated")  # TRL's own default
+@pytest.mark.parametrize(
+    ("settings", "trls"), [(RLOOArguments, RLOOConfig), (GRPOArguments, GRPOConfig)]
+)
+def test_trls_settings_are_its_own_but_for_bf16_where_the_hardware_is_fast_at_it(
+    settings, trls, tmp_path
+):
+    folder = str(tmp_path)
+    assert settings(output_dir=folder).bf16 == bf16_is_fast()
+    for chosen in (True, False):
+        assert settings(output_dir=folder, bf16=chosen).bf16 is chosen
+    theirs = asdict(trls(output_dir=folder, bf16=False, use_cpu=True))
+    ours = asdict(settings(output_dir=folder, bf16=False, use_cpu=True))
+    assert {name: ours[name] for name in theirs} == theirs
+
+
+def test_a_single_rollout_is_seen_in_the_plot(tmp_path):
+    names = ("objective/scores", "judge/held_out", "kl/k1", "kl/rb")
+    step = {"step": 1.0} | dict.fromkeys(names, 1.0) | {f"{n}_se": 0.1 for n in names}
+    summary = {"best_of_4": 2.0, "reference_reward": 0.0, "seed": 0}
+    plot_training([step], summary, "RLOO", "one update", tmp_path / "plot.png")
+    image = (imread(tmp_path / "plot.png")[..., :3] * 255).round()
+    middle = image[:, image.shape[1] // 2 : int(0.65 * image.shape[1])]  # no legend is there
+    green = torch.tensor([44, 160, 44])  # tab:green, drawn last
+    assert (torch.as_tensor(middle) == green).all(-1).sum() > 20
