@@ -115,11 +115,14 @@ def test_all_three_are_listed(command, monkeypatch, capsys):
         ({"prompts": "none.txt"}, "none.txt"),
         ({"model_name_or_path": "/no/such"}, "no such model folder: /no/such"),
         ({"best_of_n": 1}, "best_of_n is 1; give at least 2"),
+        ({"eval_prompts": "{folder}/long.txt"}, "the held-out prompts, 0 to 1: prompt and resp"),
+        ({"prompts": "{folder}/long.txt"}, "prompts"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
     command, changes, message, folders, monkeypatch, capsys
 ):
+    (folders / "long.txt").write_text("it is\n" + "film " * 61 + "\n")
     (folders / "bad.yaml").write_text(yaml.safe_dump({"kl_coeff": 0.1}))
     changes = {name: str(value).format(folder=folders) for name, value in changes.items()}
     assert run(monkeypatch, command, folders, **changes) == 2
@@ -136,11 +139,18 @@ def test_bad_input_is_one_line_and_exit_code_2(
         ({"top_k": 20}, "top_k is 20"),
         ({"beta": -1}, "beta is -1"),
         ({"per_device_train_batch_size": 6}, "num_generations"),
+        ({"per_device_train_batch_size": 36}, "8 prompts, and a rollout takes 9"),
+        ({"prompts": "{folder}/long.txt"}, "the training prompts, 0 to 1: prompt and response"),
+        ({"num_iterations": 0}, "num_iterations is 0; it must be at least 1"),
+        ({"max_completion_length": 0}, "max_completion_length is 0; it must be at least 1"),
+        ({"max_steps": 0}, "max_steps is 0; it must be at least 1"),
     ],
 )
 def test_settings_of_rloo_that_cannot_be_trained_with_are_bad_input_too(
     changes, message, folders, monkeypatch, capsys
 ):
+    (folders / "long.txt").write_text("it is\n" + "film " * 61 + "\n")
+    changes = {name: str(value).format(folder=folders) for name, value in changes.items()}
     assert run(monkeypatch, "rloo", folders, **changes) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

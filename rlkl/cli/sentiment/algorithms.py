@@ -39,6 +39,8 @@ class Algorithm:
     """The longest response in tokens, by the settings."""
     max_prompt_length: Callable[[Any], int | None]
     """The longest prompt in tokens, likewise; None: any."""
+    prompts_of_a_rollout: Callable[[Any], int]
+    """How many different prompts a rollout takes, likewise."""
     step: str
     """What a point of the plot is."""
     labels: tuple[str, ...] = ()
@@ -77,6 +79,7 @@ PPO = Algorithm(
     kl_term=_ppo_kl_term,
     response_length=lambda args: args.response_length,
     max_prompt_length=lambda args: args.max_prompt_length,
+    prompts_of_a_rollout=lambda args: args.per_device_train_batch_size,
     step="one rollout, all its epochs",
 )
 RLOO = Algorithm(
@@ -87,6 +90,7 @@ RLOO = Algorithm(
     kl_term=_exact_in_both,
     response_length=lambda args: args.max_completion_length,
     max_prompt_length=lambda args: None,
+    prompts_of_a_rollout=lambda args: args.generation_batch_size // args.num_generations,
     step="one update; a point for each rollout",
     labels=("rloo",),
 )
@@ -98,6 +102,7 @@ GRPO = Algorithm(
     kl_term=_exact_in_both,
     response_length=lambda args: args.max_completion_length,
     max_prompt_length=lambda args: None,
+    prompts_of_a_rollout=lambda args: args.generation_batch_size // args.num_generations,
     step="one update; a point for each rollout",
     labels=("grpo",),
 )

@@ -1,5 +1,6 @@
 """What a run is measured on: held-out prompts, with the reward, the judge and best-of-n."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -9,6 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from reward_models import RewardModel
 from rlkl.evaluation import BestOfN, Evaluation, best_of_n, evaluate_policy
+from rlkl.models.language_model import check_positions
+from rlkl.rollout import encode_prompts
+
+_ROWS = 256  # tokenised together
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,21 @@ class HeldOut:
     max_prompt_length: int | None
     temperature: float
     seed: int
+
+    def check_lengths(self, prompts: list[str], which: str, models: Sequence[nn.Module]) -> None:
+        """Refuses prompts that would leave no room for a response.
+
+        Raises:
+            ValueError: prompt and response can be longer than a model's positions.
+        """
+        for begin in range(0, len(prompts), _ROWS):
+            rows = prompts[begin : begin + _ROWS]
+            _, mask = encode_prompts(self.tokenizer, rows, self.max_prompt_length)
+            try:
+                for model in models:  # the last token of a response is not read
+                    check_positions(model, int(mask.sum(1).max()) + self.response_length - 1)
+            except ValueError as error:
+                raise ValueError(f"{which}, {begin} to {begin + len(rows) - 1}: {error}") from error
 
     def evaluate(self, policy: nn.Module, ref_model: nn.Module | None) -> Evaluation:
         """One response to each prompt; the same draws for every policy."""

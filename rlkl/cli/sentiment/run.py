@@ -132,6 +132,25 @@ def _prepare(
     judge = SentimentReward(task.judge_model or EMBEDDED_JUDGE)
     train_prompts = load_prompts(task.prompts or EMBEDDED_TRAIN_PROMPTS)
     eval_prompts = load_prompts(task.eval_prompts or EMBEDDED_EVAL_PROMPTS)
+    needed = algorithm.prompts_of_a_rollout(args)
+    if len(train_prompts) < needed:  # TRL's loop would take no step
+        raise ValueError(
+            f"{len(train_prompts)} prompts, and a rollout takes {needed}; give more prompts or a "
+            "smaller batch"
+        )
+    held_out = HeldOut(
+        list(eval_prompts["prompt"])[: task.num_eval_prompts],
+        tokenizer,
+        reward,
+        judge,
+        response_length=algorithm.response_length(args),
+        max_prompt_length=algorithm.max_prompt_length(args),
+        temperature=args.temperature,
+        seed=args.seed,
+    )
+    models = [policy] if ref is None else [policy, ref]
+    held_out.check_lengths(list(train_prompts["prompt"]), "the training prompts", models)
+    held_out.check_lengths(held_out.prompts, "the held-out prompts", models)
     args.disable_tqdm = True  # the progress bar is ours
     trainer = algorithm.trainer_class(args)(
         model=policy,
@@ -145,16 +164,6 @@ def _prepare(
         callbacks=[RichProgress(console, algorithm.title), StopOnInterrupt()],
     )
     trainer.remove_callback(PrinterCallback)
-    held_out = HeldOut(
-        list(eval_prompts["prompt"])[: task.num_eval_prompts],
-        tokenizer,
-        reward,
-        judge,
-        response_length=algorithm.response_length(args),
-        max_prompt_length=algorithm.max_prompt_length(args),
-        temperature=args.temperature,
-        seed=args.seed,
-    )
     return trainer, held_out
 
 

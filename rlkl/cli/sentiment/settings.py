@@ -72,6 +72,10 @@ class _Run(WandbArguments):
             message = ".gradient_checkpointing. is deprecated"
             warnings.filterwarnings("ignore", message, FutureWarning)
             super().__post_init__()  # pyright: ignore[reportAttributeAccessIssue] (TRL's)
+        for name in ("num_iterations", "max_completion_length", "max_steps"):
+            value = getattr(self, name)
+            if value is None or value == 0 or (value < 0 and name != "max_steps"):
+                raise ValueError(f"{name} is {value}; it must be at least 1")
 
 
 @dataclass
