@@ -25,6 +25,7 @@ from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from rlkl.data import collate_prompts
+from rlkl.trainers.finite import check_finite
 from rlkl.trainers.metrics import MetricsFile, average_steps
 from rlkl.trainers.progress import closing_callbacks
 from rlkl.trainers.resume import last_checkpoint, saved_state
@@ -196,21 +197,7 @@ class TextTrainer(Trainer, ABC):
         Raises:
             FloatingPointError: says what is not finite, after which step, and what to do.
         """
-        bad = values.numel() - int(values.isfinite().sum())
-        if bad == 0:
-            return
-        what = f"{bad} of {values.numel()} values" if values.numel() > 1 else f"{values.item()}"
-        remedy = f"Begin again with {self.if_diverged}"
-        saved = last_checkpoint(Path(str(self.args.output_dir)))
-        if saved is not None:
-            remedy += (
-                f", or with it from the model in {saved}, the last checkpoint "
-                "(resume_from_checkpoint goes on with the learning rate of its time)"
-            )
-        raise FloatingPointError(
-            f"after step {self.state.global_step} {name} is not finite ({what}): training has "
-            f"diverged. {remedy}"
-        )
+        check_finite(name, values, self.state, Path(str(self.args.output_dir)), self.if_diverged)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The Trainer's, before each of its optimiser steps; refused where it is not finite."""

@@ -27,7 +27,7 @@ from rlkl.data import EMBEDDED_EVAL_PROMPTS, EMBEDDED_TRAIN_PROMPTS, load_prompt
 from rlkl.evaluation import Evaluation
 from rlkl.models import check_same_tokenizer, frozen_copy, load_causal_lm, load_tokenizer
 from rlkl.trainers import RichProgress, StopOnInterrupt
-from rlkl.trainers.resume import FREE, check_settings, last_checkpoint, saved_state
+from rlkl.trainers.resume import FREE, check_settings, last_checkpoint
 from rlkl.trainers.tracking import wandb_run
 
 _PLOT = "training.png"
@@ -76,7 +76,7 @@ def run(algorithm: Algorithm, description: str | None, default_config: str) -> N
             torch.save((before, yardstick), before_file)
         else:
             before, yardstick = torch.load(before_file, weights_only=False)
-        _train(trainer, checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.state.global_step < trainer.state.max_steps:
             console.print(
                 f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; "
@@ -192,18 +192,6 @@ def checkpoint_to_resume(
     output_dir.mkdir(parents=True)
     file.write_text(json.dumps(kept, indent=2, default=str) + "\n")
     return None
-
-
-def _train(trainer: Any, checkpoint: str | None) -> None:
-    """Trains to the end, or until it is stopped.
-
-    A checkpoint that has all steps is loaded, and that is all: transformers would take another.
-    """
-    if checkpoint is not None and (state := saved_state(checkpoint)).global_step >= state.max_steps:
-        trainer._load_from_checkpoint(checkpoint)
-        trainer.state = state
-        return
-    trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def _log_results(summary: dict[str, Any], samples: list[dict[str, Any]], plot: Path) -> None:

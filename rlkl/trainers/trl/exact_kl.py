@@ -5,6 +5,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,8 +45,10 @@ from rlkl.rollout import (
     summarise,
     token_statistics,
 )
+from rlkl.trainers.finite import check_finite
 from rlkl.trainers.metrics import MetricsFile
 from rlkl.trainers.progress import closing_callbacks
+from rlkl.trainers.resume import last_checkpoint, saved_state
 from rlkl.trainers.tracking import WandbMirror, wandb_run
 from rlkl.trainers.trl.checks import check_policy, check_settings
 from rlkl.trainers.trl.rewards import as_reward_function
@@ -163,7 +166,22 @@ class ExactTokenKL(Trainer, ABC):
                 random numbers go on from there, and its order of prompts after the first epoch
                 does not.
             kwargs: those of Trainer.train.
+
+        Raises:
+            ValueError: True, and ``output_dir`` holds no whole checkpoint.
+            FloatingPointError: training has diverged.
         """
+        folder = Path(str(self.args.output_dir))
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(folder)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"{folder} holds no whole checkpoint to go on from")
+        if resume_from_checkpoint and self.args.max_steps > 0:
+            state = saved_state(resume_from_checkpoint)
+            if state.global_step >= self.args.max_steps:  # the Trainer would take another step
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self.state = state
+                return TrainOutput(state.global_step, 0.0, {})
         tags = [*self._tag_names, "rb", "both"]
         resumed = bool(resume_from_checkpoint)
         with (
@@ -171,6 +189,9 @@ class ExactTokenKL(Trainer, ABC):
             closing_callbacks(self),
         ):
             return super().train(resume_from_checkpoint, **kwargs)
+
+    def create_model_card(self, *given: Any, **named: Any) -> None:
+        """None: TRL's names TRL's method, which this is not."""
 
     # ---- a rollout -------------------------------------------------------------------------------
 
@@ -206,6 +227,9 @@ class ExactTokenKL(Trainer, ABC):
             self._joint = self._measure(*_inputs(batch))
         tokens = self._joint
         assert isinstance(tokens, TokenRecord)
+        remedy = "a lower learning_rate or a larger beta"
+        folder = Path(str(self.args.output_dir))
+        check_finite("the policy's log π(y_t|h_t)", tokens.policy_logp, self.state, folder, remedy)
         self._report([row["prompt"] for row in inputs], batch, tokens)
         return self.with_kl(batch, tokens)
 

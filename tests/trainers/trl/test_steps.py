@@ -236,3 +236,30 @@ def test_a_lora_config_of_other_layers_is_taken(make_trl_trainer):
     trainer = make_trl_trainer(RaoBlackwellGRPOTrainer, peft_config=config, max_steps=1)
     trainer.train()
     assert steps(trainer)[0]["kl/rb"] == 0
+
+
+@both_trainers
+def test_a_checkpoint_with_all_steps_takes_no_more(make_trl_trainer, trainer_class):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    trained = make_trl_trainer(trainer_class, **settings)
+    trained.train()
+    trainer = make_trl_trainer(trainer_class, **settings)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 1
+    for ours, theirs in zip(trainer.model.parameters(), trained.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert not list(Path(trainer.args.output_dir).glob("**/README.md"))  # TRL's model card
+
+
+@both_trainers
+def test_there_must_be_a_checkpoint_to_go_on_from(make_trl_trainer, trainer_class):
+    with pytest.raises(ValueError, match="holds no whole checkpoint to go on from"):
+        make_trl_trainer(trainer_class).train(resume_from_checkpoint=True)
+
+
+@both_trainers
+def test_a_training_that_has_diverged_ends(make_trl_trainer, trainer_class):
+    trainer = make_trl_trainer(trainer_class, max_steps=5, learning_rate=1e20)
+    with pytest.raises((FloatingPointError, RuntimeError), match="diverged|nan"):
+        trainer.train()
+    assert trainer.state.global_step < 5
