@@ -238,7 +238,7 @@ def test_checkpoints_of_something_else_are_left_alone(folders, monkeypatch, caps
             "train_dataset: completion 0 is empty (3 of 3 are)",
         ),
         ({"eval_data": "{folder}/a.jsonl {folder}/a.json"}, "two sets are called"),
-        ({"max_steps": 0}, "max_steps is 0: give at least 1"),
+        ({"max_steps": 0}, "max_steps is 0 and num_train_epochs 3.0: nothing would be"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; it must be at"),
         ({"learning_rate": "nan"}, "learning_rate is nan; it must be finite"),
         ({"dtype": "bfloat16"}, "dtype bfloat16 has no effect: the trained model is loaded"),
