@@ -260,6 +260,6 @@ def test_there_must_be_a_checkpoint_to_go_on_from(make_trl_trainer, trainer_clas
 @both_trainers
 def test_a_training_that_has_diverged_ends(make_trl_trainer, trainer_class):
     trainer = make_trl_trainer(trainer_class, max_steps=5, learning_rate=1e20)
-    with pytest.raises((FloatingPointError, RuntimeError), match="diverged|nan"):
+    with pytest.raises((FloatingPointError, RuntimeError), match=r"diverged|nan"):
         trainer.train()
     assert trainer.state.global_step < 5
