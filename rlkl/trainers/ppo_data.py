@@ -3,7 +3,7 @@
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from rlkl.data import check_prompts
 from rlkl.kl import ModuleHead
@@ -59,11 +59,11 @@ def check_models(
     model: nn.Module,
     ref_model: nn.Module | None,
     tokenizer: PreTrainedTokenizerBase,
-    args: PPOConfig,
+    args: TrainingArguments,
 ) -> None:
     """Refuses a policy and a reference that cannot be sampled, measured and trained together.
 
-    Both are in eval mode afterwards, as in every step. None, as in `PPOTrainer`, is a copy of the
+    Both are in eval mode afterwards, as in every step. None, as in the trainers, is a copy of the
     policy or, with an adapter, the policy without it.
 
     Raises:

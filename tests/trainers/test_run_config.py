@@ -1,7 +1,5 @@
 """Settings that every trainer shares."""
 
-from dataclasses import fields
-
 import pytest
 import torch
 
@@ -31,13 +29,6 @@ def test_training_is_on_the_cpu_where_no_accelerator_has_float64(
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: device is not None)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: device)
     assert PPOConfig(output_dir=str(tmp_path), bf16=False).use_cpu == use_cpu
-
-
-def test_checkpointing_of_activations_is_refused_by_its_newer_name_too(make_config):
-    if "activation_checkpointing" not in {field.name for field in fields(PPOConfig)}:
-        pytest.skip("this transformers has the older name alone")
-    with pytest.raises(ValueError, match="gradient_checkpointing has no effect"):
-        make_config(activation_checkpointing=True)
 
 
 def test_a_batch_is_not_multiplied_by_the_number_of_gpus(make_config, make_lm, tokenizer, prompts):

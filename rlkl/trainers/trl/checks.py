@@ -1,16 +1,10 @@
 """What TRL's settings and models must be for the exact KL of a sequence to be what is trained."""
 
 import torch
-from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, RLOOConfig
 
-from rlkl.kl import ModuleHead
-from rlkl.kl.chunked import vocabulary_of
-from rlkl.models import check_apart, check_causal_lm, check_reference, output_head
 from rlkl.models.language_model import trunk_of
-from rlkl.trainers.text_trainer import check_weights
 
 
 def check_settings(args: RLOOConfig | GRPOConfig) -> None:
@@ -78,48 +72,13 @@ def check_settings(args: RLOOConfig | GRPOConfig) -> None:
         )
 
 
-def check_policy(
-    model: nn.Module,
-    ref_model: nn.Module | None,
-    tokenizer: PreTrainedTokenizerBase,
-    args: RLOOConfig | GRPOConfig,
-) -> None:
-    """Refuses models that cannot be measured exactly. Leaves the policy in eval mode.
+@torch.no_grad()
+def check_deterministic(model: nn.Module) -> None:
+    """Refuses dropout that is left when that of modules is switched off; keeps the model's mode.
 
     Raises:
-        ValueError: see `check_causal_lm`, `check_apart`, `check_reference`; also dropout that is
-            left in training, different vocabularies, and weights that the precision does not suit.
+        ValueError: two passes in training differ.
     """
-    given = {} if ref_model is None else {"ref_model": ref_model}
-    check_weights({"model": model} | given, args)
-    _check_deterministic(model)
-    check_causal_lm(model.eval(), "model")
-    rows = vocabulary_of(output_head(model))
-    if rows < len(tokenizer):
-        raise ValueError(
-            f"model gives logits of {rows} tokens and processing_class has {len(tokenizer)}: pass "
-            "the model's own tokenizer, or give the new tokens rows by resize_token_embeddings"
-        )
-    if ref_model is not None:
-        remedy = "leave it out (None is the model as it is now), or load it a second time"
-        check_apart(model, ref_model, "ref_model", remedy)
-        check_causal_lm(ref_model.eval(), "ref_model")
-        if (other := vocabulary_of(output_head(ref_model))) != rows:
-            raise ValueError(
-                f"model gives logits of {rows} tokens and ref_model of {other}: both need one "
-                "vocabulary; resize_token_embeddings makes them equal"
-            )
-    elif isinstance(model, PeftModel):
-        check_reference(model, None)
-        if isinstance(output_head(model), ModuleHead):
-            raise ValueError(
-                "this head's logits depend on whether the adapter is on, so that policy and "
-                "reference cannot be in use at once: pass ref_model, a copy of the base model"
-            )
-
-
-@torch.no_grad()
-def _check_deterministic(model: nn.Module) -> None:
     trunk, mode = trunk_of(model), model.training
     ids = torch.zeros(1, 4, dtype=torch.long, device=trunk.device)
     model.train()

@@ -47,10 +47,11 @@ from rlkl.rollout import (
 )
 from rlkl.trainers.finite import check_finite
 from rlkl.trainers.metrics import MetricsFile
+from rlkl.trainers.ppo_data import check_models
 from rlkl.trainers.progress import closing_callbacks
 from rlkl.trainers.resume import last_checkpoint, saved_state
 from rlkl.trainers.tracking import WandbMirror, wandb_run
-from rlkl.trainers.trl.checks import check_policy, check_settings
+from rlkl.trainers.trl.checks import check_deterministic, check_settings
 from rlkl.trainers.trl.rewards import as_reward_function
 
 
@@ -150,7 +151,8 @@ class ExactTokenKL(Trainer, ABC):
         if came_with and ref_model is None and "ref" not in policy.peft_config:
             keep_adapter(policy)  # GRPO does so only with a beta of its own
         disable_dropout_in_model(policy)
-        check_policy(policy, ref_model, self.processing_class, args)
+        check_deterministic(policy)
+        check_models(policy, ref_model, self.processing_class, args)
         self.ref_model = None if ref_model is None else ref_model.to(self.args.device).eval()
         self.judges = dict(judges or {})
         if self.pop_callback(WandbCallback) is not None:

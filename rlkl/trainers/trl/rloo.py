@@ -23,9 +23,9 @@ class RaoBlackwellRLOOTrainer(ExactTokenKL, RLOOTrainer):
     prompt that reach t. At the first update of a rollout, where ρ = 1, its expected gradient is
     β ∇D_KL(π ‖ q) of whole responses. In later ones a response whose score is clipped, and pulls no
     more, does not pull to the reference either: the KL alone would undo what the score has moved.
-    Every rollout's log has k1, k3 and the exact KL
-    with standard errors, under PPO's names (`rlkl.trainers.VOCABULARY`); TRL's ``kl`` is the exact
-    KL in nats per token.
+
+    Every rollout's log has k1, k3 and the exact KL with standard errors, under PPO's names
+    (`rlkl.trainers.VOCABULARY`); TRL's ``kl`` is the exact KL in nats per token.
 
     References: Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human
     Feedback in LLMs (Ahmadian et al., 2024), https://arxiv.org/abs/2402.14740; Better Estimation of
