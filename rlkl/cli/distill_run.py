@@ -37,6 +37,7 @@ from rlkl.models import check_same_tokenizer, load_causal_lm, load_tokenizer
 from rlkl.trainers import DistillConfig, DistillTrainer, RichProgress, StopOnInterrupt
 from rlkl.trainers.distill_data import check_data
 from rlkl.trainers.distill_metrics import both_directions
+from rlkl.trainers.processes import of_first
 from rlkl.trainers.resume import FREE, check_settings, last_checkpoint
 from rlkl.trainers.tracking import log_final
 
@@ -93,10 +94,13 @@ def run() -> None:
         task, args, model_args = parser.parse()
         quiet_libraries()
         set_threads(task.threads)
+        first = args.process_index == 0  # of torchrun's: it prints and writes
+        console.quiet = not first
         trainer, tokenizer, held_out, judge = _prepare(task, args, model_args, console)
         output_dir = Path(str(args.output_dir))
         settings = {**asdict(task), **model_args.__dict__, **args.to_dict()}
-        checkpoint = _unfinished(output_dir, settings, console)
+        settings["processes"] = args.world_size
+        checkpoint = of_first(_unfinished(output_dir, settings, console) if first else None)
     with trainer.tracked(resume=checkpoint is not None):
         trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.state.global_step < trainer.state.max_steps:
@@ -105,6 +109,8 @@ def run() -> None:
                 "the same command goes on from there"
             )
             raise SystemExit(130)
+        if not first:
+            return
         trainer.save_model(str(output_dir / "student"))
         tokenizer.save_pretrained(output_dir / "student")
         summary = {}

@@ -2,10 +2,15 @@
 tokens.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Record = TypeVar("Record")
 
 
 def scatter_tokens(values: Tensor, mask: Tensor) -> Tensor:
@@ -55,7 +60,9 @@ class Responses:
 
     def rows(self, index: Tensor) -> "Responses":
         """The responses at `index`, less the columns that are padding in all of them."""
-        taken: Responses = _take(self, index)
+        taken: Responses = _mapped(
+            self, lambda tensor: tensor[index], lambda row: [row[i] for i in index.tolist()]
+        )
         width, length = int(taken.prompt_mask.sum(1).max()), int(taken.mask.sum(1).max())
         return replace(
             taken,
@@ -100,14 +107,66 @@ class Rollout:
         return len(self.responses)
 
 
-def _take(value, index: Tensor):
-    """Rows of every tensor and list in a record."""
+def moved(record: Record, device: torch.device | str) -> Record:
+    """The same record with its tensors on a device."""
+    return _mapped(record, lambda tensor: tensor.to(device))
+
+
+def joined(parts: Sequence[Record]) -> Record:
+    """Records of one kind as one, rows under rows; the shorter ones are padded.
+
+    Example:
+        >>> mask = torch.ones(1, 2, dtype=torch.bool)
+        >>> _join([mask, mask[:, :1]])
+        tensor([[ True,  True],
+                [ True, False]])
+    """
+    return _join(parts)
+
+
+def _join(values: Sequence[Any], left: bool = False) -> Any:
+    """Columns are padded by 0, on the left or on the right."""
+    first = values[0]
+    if isinstance(first, Tensor):
+        width = max(value.shape[1] if value.ndim > 1 else 0 for value in values)
+        return torch.cat([_padded(value, width, left) for value in values])
+    if isinstance(first, list):
+        return list(chain.from_iterable(values))
+    if isinstance(first, dict):
+        return {key: _join([value[key] for value in values]) for key in first}
+    if first is None:
+        return None
+    return replace(
+        first,
+        **{
+            f.name: _join([getattr(value, f.name) for value in values], f.name.startswith("prompt"))
+            for f in fields(first)
+        },
+    )
+
+
+def _padded(x: Tensor, width: int, left: bool) -> Tensor:
+    if x.ndim == 1 or x.shape[1] == width:
+        return x
+    padding = x.new_zeros(len(x), width - x.shape[1], *x.shape[2:])
+    return torch.cat([padding, x] if left else [x, padding], 1)
+
+
+def _mapped(
+    value: Any,
+    of_tensor: Callable[[Tensor], Tensor],
+    of_list: Callable[[list[Any]], list[Any]] = list,
+) -> Any:
+    """A record with something else in place of every tensor and list in it."""
     if isinstance(value, Tensor):
-        return value[index]
+        return of_tensor(value)
     if isinstance(value, list):
-        return [value[i] for i in index.tolist()]
+        return of_list(value)
     if isinstance(value, dict):
-        return {key: _take(item, index) for key, item in value.items()}
+        return {key: _mapped(item, of_tensor, of_list) for key, item in value.items()}
     if value is None:
         return None
-    return replace(value, **{f.name: _take(getattr(value, f.name), index) for f in fields(value)})
+    parts = {f.name: getattr(value, f.name) for f in fields(value)}
+    return replace(
+        value, **{name: _mapped(part, of_tensor, of_list) for name, part in parts.items()}
+    )

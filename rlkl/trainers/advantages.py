@@ -23,6 +23,13 @@ class Advantages(NamedTuple):
     scale: Tensor
     """σ, their standard deviation where advantages are whitened, else 1."""
 
+    def of(self, rollout: Rollout, first_row: int) -> "Advantages":
+        """Those of a rollout that is part of the one these are of, from `first_row` on."""
+        mask = rollout.responses.mask
+        rows = slice(first_row, first_row + len(mask))
+        tokens, returns = (x[rows, : mask.shape[1]].to(mask.device) for x in self[:2])
+        return self._replace(tokens=tokens, returns=returns)
+
 
 def rollout_advantages(
     rollout: Rollout,

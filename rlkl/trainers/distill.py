@@ -27,6 +27,7 @@ from rlkl.rollout.randomness import generator_of
 from rlkl.rollout.records import scatter_tokens
 from rlkl.trainers.distill_config import DistillConfig
 from rlkl.trainers.distill_data import check_data, prompts_of
+from rlkl.trainers.processes import add_gradients, of_all, process_place
 from rlkl.trainers.step import StepClock
 from rlkl.trainers.text_trainer import TextTrainer, check_weights, named_sets
 from rlkl.trainers.tracking import wandb_run
@@ -78,7 +79,7 @@ class DistillTrainer(TextTrainer):
             smaller than the tokenizer, a row longer than a model's positions, a teacher that shares
             what is trained of the student (`train` looks once more), an adapter and a
             `peft_config`, weights that bf16 cannot be mixed with, a model that `check_causal_lm`
-            refuses, fewer rows than a batch with ``dataloader_drop_last``, several processes.
+            refuses, fewer rows than a batch with ``dataloader_drop_last``, DeepSpeed or FSDP.
         FloatingPointError: in `train`: loss, gradient or weights are no longer finite.
     """
 
@@ -131,6 +132,13 @@ class DistillTrainer(TextTrainer):
 
     # ---- one step --------------------------------------------------------------------------------
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The Trainer's; of several processes each then has the mean of all gradients."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            add_gradients(self.model.parameters(), 1 / self.args.world_size)
+        return loss
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -140,7 +148,8 @@ class DistillTrainer(TextTrainer):
     ) -> Tensor:
         """Texts -> responses -> hidden states -> loss; the Trainer differentiates and steps.
 
-        With gradient accumulation a step's loss is the mean of its batches' token means.
+        With gradient accumulation, or several processes, a step's loss is the mean of its batches'
+        token means.
         """
         self.model.eval()  # dropout off: one student samples, is measured and is trained
         clock, generator = StepClock(), self._generator()
@@ -153,10 +162,10 @@ class DistillTrainer(TextTrainer):
         self.check_finite("the loss", loss)
         with clock("measure"):
             if self._logs_this_step():
-                self.noted["measured"].append(self.measure(responses, student, teacher))
+                self.noted["measured"] += of_all(self.measure(responses, student, teacher))
         tokens = float(responses.mask.sum())
         parts |= {"data/on_policy": float(on_policy), "data/tokens": tokens, "loss": loss.item()}
-        self.noted["steps"].append(parts | clock.seconds)
+        self.noted["steps"] += of_all(parts | clock.seconds)
         return loss
 
     def responses(
@@ -299,7 +308,8 @@ class DistillTrainer(TextTrainer):
             self._step, self._calls = step, 0
         batch = step * accumulated + self._calls % accumulated
         self._calls += 1
-        return generator_of(self.args.device, self.args.seed, batch, _TRAINING)
+        place = [batch, _TRAINING, *process_place(self.args)]
+        return generator_of(self.args.device, self.args.seed, *place)
 
     # ---- what surrounds a step -------------------------------------------------------------------
 

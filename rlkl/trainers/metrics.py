@@ -130,6 +130,8 @@ class MetricsFile(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Keeps the records of the steps that training goes on from."""
+        if not state.is_world_process_zero:
+            return
         for name in ("metrics", "completions"):
             path = self._path(args).with_name(f"{name}.jsonl")
             if path.is_file():

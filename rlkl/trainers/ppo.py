@@ -53,6 +53,14 @@ from rlkl.trainers.advantages import Advantages, rollout_advantages
 from rlkl.trainers.config import PPOConfig
 from rlkl.trainers.policy_loss import PolicyLoss
 from rlkl.trainers.ppo_data import check_models, check_prompt_data, check_reference_stays
+from rlkl.trainers.processes import (
+    add_gradients,
+    process_place,
+    share_weights,
+    total,
+    whole_rollout,
+    whole_updates,
+)
 from rlkl.trainers.step import StepClock, Update, update_metrics
 from rlkl.trainers.text_trainer import TextTrainer, named_sets
 from rlkl.trainers.tracking import log_completions, wandb_run
@@ -99,7 +107,7 @@ class PPOTrainer(TextTrainer):
             the policy: trained weights or an adapter that both have, base weights or biases trained
             beside an adapter); data that `check_prompt_data` refuses (no column ``prompt``, fewer
             prompts than a step needs, an empty one, one too long for a model); no reward model;
-            several processes. `train` refuses the reference once more, as weights are then.
+            DeepSpeed or FSDP. `train` refuses the reference once more, as weights are then.
         FloatingPointError: in `train` and `evaluate`: log-probabilities, values, a gradient or
             weights are no longer finite.
     """
@@ -147,7 +155,11 @@ class PPOTrainer(TextTrainer):
             models=[model] if ref_model is None else [model, ref_model],
             args=args,
         )
-        self._check_data(train_dataset, "train_dataset", at_least=args.per_device_train_batch_size)
+        self._check_data(
+            train_dataset,
+            "train_dataset",
+            at_least=args.per_device_train_batch_size * args.world_size,
+        )
         for name, data in named_sets(eval_dataset).items():
             self._check_data(data, name)
         own_trunk = frozen_copy(model).requires_grad_(True) if args.separate_value_model else None
@@ -163,6 +175,7 @@ class PPOTrainer(TextTrainer):
         )
         super().__init__(model, args, train_dataset, processing_class, eval_dataset, callbacks)
         self.critic.to(args.device)
+        share_weights(self.critic.parameters())
         if self.ref_model is not None:
             self.ref_model.to(args.device).eval()
         self.policy_loss = PolicyLoss(
@@ -185,17 +198,18 @@ class PPOTrainer(TextTrainer):
             with clock("statistics"):
                 first_pass = self.first_pass(responses)
             rollout = self.measure(responses, clock, first_pass)
-            metrics = summarise(rollout)
-            advantages = self.advantages(rollout, metrics)
+            whole, first_row = whole_rollout(rollout)
+            metrics = summarise(whole)
+            advantages = self.advantages(whole, metrics).of(rollout, first_row)
             with clock("optimisation"):
                 loss = self.optimise(rollout, advantages, metrics, first_pass)
-            self.kl_coefficient.update(metrics["objective/kl"], len(rollout))
+            self.kl_coefficient.update(metrics["objective/kl"], len(whole))
         metrics["episode"] = self._responses_so_far()
         self.noted["steps"].append(metrics | clock.seconds | {"loss": float(loss)})
         every, step = self.args.log_completions_steps, self.state.global_step + 1
-        if every > 0 and (step - 1) % every == 0:
+        if every > 0 and (step - 1) % every == 0 and self.is_world_process_zero():
             folder = Path(str(self.args.output_dir))
-            log_completions(rollout, step, self.args.num_completions, folder)
+            log_completions(whole, step, self.args.num_completions, folder)
         return loss
 
     def sample(self, prompts: list[str], generator: torch.Generator, clock: StepClock) -> Responses:
@@ -281,7 +295,6 @@ class PPOTrainer(TextTrainer):
         """
         generator = self._generator("minibatches")
         updates: list[Update] = []
-        loss = torch.zeros(())
         self.optimizer.zero_grad()
         for epoch in range(self.args.num_ppo_epochs):
             order = torch.arange(len(rollout))
@@ -299,12 +312,12 @@ class PPOTrainer(TextTrainer):
                 )
                 first_pass = None  # of the policy before its first update
                 updates.append(update)
-                loss = update.loss
         self._clip(self.critic, "the critic's")
+        updates = whole_updates(updates)
         metrics |= update_metrics(
             updates, self.args.cliprange, self.args.cliprange_value, self.args.kl_weight_bound
         )
-        return loss
+        return updates[-1].loss
 
     def accumulate_gradient(
         self,
@@ -317,6 +330,9 @@ class PPOTrainer(TextTrainer):
     ) -> Update:
         """Gradient of one minibatch: means over its tokens of policy, value and KL losses.
 
+        Of several processes each has rows of its own, and the sum of all gradients. The update that
+        is returned is this process's share of the means.
+
         `policy_pass` is the minibatch's, where it was made already. `off_policy` takes the KL of
         the policy as it is now, by weights of the prefixes, in place of the rollout's: see
         `PrefixCorrection`.
@@ -325,7 +341,7 @@ class PPOTrainer(TextTrainer):
         E[score] − β D_KL keep their proportion.
         """
         args, old = self.args, rollout.tokens
-        count = rollout.responses.mask[rows].sum()
+        count = total(rollout.responses.mask[rows].sum())
         beta = self.kl_coefficient.value / float(advantages.scale)
         parts: list[Update] = []
         assert old.values is not None  # the trainer always passes its critic
@@ -359,6 +375,7 @@ class PPOTrainer(TextTrainer):
                     response_weight=response_weights(*logps),
                 )
             )
+        add_gradients([*self.model.parameters(), *self.critic.parameters()])
         return Update.join(parts)
 
     def _apply_gradient(self) -> None:
@@ -379,17 +396,19 @@ class PPOTrainer(TextTrainer):
     def _responses_so_far(self) -> int:
         """Responses sampled up to this step, of which the last of an epoch may have fewer."""
         epochs, steps = divmod(self.state.global_step + 1, self.batches_per_epoch)
-        batch, rows = self.args.per_device_train_batch_size, len(cast(Dataset, self.train_dataset))
+        batch = self.args.per_device_train_batch_size * self.args.world_size
+        rows = len(cast(Dataset, self.train_dataset))
         prompts = epochs * min(rows, self.batches_per_epoch * batch) + steps * batch
         return prompts * self.args.num_generations
 
     def _generator(self, purpose: str) -> torch.Generator:
         """Randomness of this step alone, so that a resumed run draws what it would have drawn;
-        that of evaluations is the same at every step.
+        that of evaluations is the same at every step, and in every process.
         """
         number = ["sampling", "minibatches", "evaluation"].index(purpose)
         step = 0 if purpose == "evaluation" else self.state.global_step
-        return generator_of(self.args.device, self.args.seed, step, number)
+        process = [] if purpose == "evaluation" else process_place(self.args)
+        return generator_of(self.args.device, self.args.seed, step, number, *process)
 
     # ---- what surrounds a step -------------------------------------------------------------------
 

@@ -15,6 +15,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from rlkl.trainers.processes import of_all
+
 
 class ClosingCallback(TrainerCallback):
     """A callback that takes something while training runs (the screen, a signal) and gives it back.
@@ -84,7 +86,9 @@ class RichProgress(ClosingCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Opens the bar."""
+        """Opens the bar, in the first process."""
+        if not state.is_world_process_zero:
+            return
         self.progress = progress = Progress(
             TextColumn(self.title),
             BarColumn(),
@@ -122,6 +126,8 @@ class RichProgress(ClosingCallback):
 class StopOnInterrupt(ClosingCallback):
     """The first Ctrl-C ends training after the step in work, with a checkpoint; the second at
     once.
+
+    Of several processes one that was told tells the others.
     """
 
     def __init__(self) -> None:
@@ -152,7 +158,7 @@ class StopOnInterrupt(ClosingCallback):
         **kwargs: Any,
     ) -> None:
         """Saves and stops if asked to."""
-        if self.requested:
+        if any(of_all(self.requested)):
             control.should_save = True
             control.should_training_stop = True
 

@@ -1,4 +1,4 @@
-"""What every trainer here shares: texts as batches, one process, logs that are files first."""
+"""What every trainer here shares: texts as batches, logs that are files first, processes."""
 
 import json
 import math
@@ -27,6 +27,7 @@ from transformers.trainer_utils import IntervalStrategy, TrainOutput
 from rlkl.data import collate_prompts
 from rlkl.trainers.finite import check_finite
 from rlkl.trainers.metrics import MetricsFile, average_steps
+from rlkl.trainers.processes import check_processes, of_first
 from rlkl.trainers.progress import closing_callbacks
 from rlkl.trainers.resume import last_checkpoint, saved_state
 from rlkl.trainers.run_config import RunArguments
@@ -83,8 +84,11 @@ class TextTrainer(Trainer, ABC):
     measures goes to `noted`, under a name for each set of metrics that comes and goes together;
     the next log has their means.
 
+    Of several processes (torchrun, accelerate launch) each has the whole model and its own batches;
+    they read the same files, and the first one writes.
+
     Raises:
-        ValueError: several processes were started.
+        ValueError: DeepSpeed or FSDP; fewer rows than a batch with ``dataloader_drop_last``.
     """
 
     if_diverged: ClassVar[str] = "a lower learning_rate"
@@ -101,10 +105,7 @@ class TextTrainer(Trainer, ABC):
         eval_dataset: Dataset | dict[str, Dataset] | None,
         callbacks: list[TrainerCallback] | None,
     ) -> None:
-        if args.world_size > 1:
-            raise ValueError(
-                f"{args.world_size} processes were started; rlkl's trainers run in one process"
-            )
+        check_processes(args)
         # One of several GPUs: the Trainer would multiply the batch by their number.
         args._n_gpu = min(args.n_gpu, 1)
         self.tokenizer = tokenizer
@@ -121,9 +122,10 @@ class TextTrainer(Trainer, ABC):
         if self.batches_per_epoch == 0:
             raise ValueError(
                 f"the {len(train_dataset)} rows of train_dataset are fewer than "
-                f"per_device_train_batch_size={args.per_device_train_batch_size}, and with "
-                "dataloader_drop_last nothing would be trained: choose a smaller batch, or "
-                "dataloader_drop_last=False"
+                f"per_device_train_batch_size={args.per_device_train_batch_size}"
+                + (f" of {args.world_size} processes" if args.world_size > 1 else "")
+                + ", and with dataloader_drop_last nothing would be trained: choose a smaller "
+                "batch, or dataloader_drop_last=False"
             )
         if self.pop_callback(WandbCallback) is not None:
             self.add_callback(WandbMirror)
@@ -183,9 +185,10 @@ class TextTrainer(Trainer, ABC):
 
     @property
     def batches_per_epoch(self) -> int:
-        """Batches of a pass over the data; the last of them may be smaller."""
-        rows = len(cast(Dataset, self.train_dataset)) / self.args.per_device_train_batch_size
-        return math.floor(rows) if self.args.dataloader_drop_last else math.ceil(rows)
+        """Batches of all processes in a pass over the data; the last of them may be smaller."""
+        batch = self.args.per_device_train_batch_size * self.args.world_size
+        batches = len(cast(Dataset, self.train_dataset)) / batch
+        return math.floor(batches) if self.args.dataloader_drop_last else math.ceil(batches)
 
     def check_finite(self, name: str, values: Tensor) -> None:
         """Ends a training that has diverged, before what it has become reaches a checkpoint.
@@ -212,7 +215,7 @@ class TextTrainer(Trainer, ABC):
             if weight.requires_grad:
                 self.check_finite(f"the weight {name}", weight)
         super().save_model(output_dir, _internal_call)
-        if _internal_call:  # a checkpoint
+        if _internal_call and self.args.should_save:  # a checkpoint
             at_epoch_end = self.accelerator.gradient_state.end_of_dataloader
             logged_next = at_epoch_end and self.args.logging_strategy == IntervalStrategy.EPOCH
             noted = {} if logged_next else self.noted
@@ -242,7 +245,11 @@ class TextTrainer(Trainer, ABC):
         return metrics
 
     def report_evaluation(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Logs what `evaluate` measured, and tells the callbacks."""
+        """Logs what `evaluate` measured, and tells the callbacks.
+
+        Every process has measured all of it; what the first one found holds for all.
+        """
+        metrics = of_first(metrics)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics

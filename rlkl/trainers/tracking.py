@@ -48,12 +48,15 @@ def wandb_run(
 ) -> Iterator[None]:
     """Opens a W&B run for the block if `args.report_to` names wandb and none is open.
 
+    Of several processes the first one does.
+
     Without a key the run is written to ``<output_dir>/wandb`` and can be sent later by ``wandb
     sync``. The run's id is kept in the output folder, so that a training that is resumed (`resume`,
     or ``args.resume_from_checkpoint``) goes on in the same run; any other training is a run of its
     own.
     """
-    if "wandb" not in (args.report_to or ()) or wandb.run is not None:
+    mirrored = "wandb" in (args.report_to or ()) and args.process_index == 0
+    if not mirrored or wandb.run is not None:
         yield
         return
     folder = Path(str(args.output_dir))

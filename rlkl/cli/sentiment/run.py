@@ -27,6 +27,7 @@ from rlkl.data import EMBEDDED_EVAL_PROMPTS, EMBEDDED_TRAIN_PROMPTS, load_prompt
 from rlkl.evaluation import Evaluation
 from rlkl.models import check_same_tokenizer, frozen_copy, load_causal_lm, load_tokenizer
 from rlkl.trainers import RichProgress, StopOnInterrupt
+from rlkl.trainers.processes import of_first
 from rlkl.trainers.resume import FREE, check_settings, last_checkpoint
 from rlkl.trainers.tracking import wandb_run
 
@@ -36,6 +37,8 @@ _FILES = ("summary.json", "samples.json", "metrics.jsonl", "completions.jsonl", 
 
 def run(algorithm: Algorithm, description: str | None, default_config: str) -> None:
     """Reads ``sys.argv``, evaluates, trains and evaluates again; prints and writes the results.
+
+    Of several processes all evaluate before training, so that none waits, and the first one after.
 
     Args:
         algorithm: what trains.
@@ -53,10 +56,15 @@ def run(algorithm: Algorithm, description: str | None, default_config: str) -> N
         task.check()
         quiet_libraries()
         set_threads(task.threads)
+        first = args.process_index == 0  # of torchrun's: it prints and writes
+        console.quiet = not first
         trainer, held_out = _prepare(algorithm, task, args, model_args, console)
         output_dir = Path(str(args.output_dir))
         settings = {**asdict(task), **model_args.__dict__, **args.to_dict()}
-        checkpoint = checkpoint_to_resume(output_dir, settings, console)
+        settings["processes"] = args.world_size
+        checkpoint = of_first(
+            checkpoint_to_resume(output_dir, settings, console) if first else None
+        )
 
     kl = algorithm.kl_term(trainer)
     labels = [*algorithm.labels, kl.estimator, kl.placement]
@@ -73,7 +81,8 @@ def run(algorithm: Algorithm, description: str | None, default_config: str) -> N
             reference = trainer.ref_model if trainer.ref_model is not None else trainer.model
             with trainer.accelerator.autocast():  # in the precision in which the policy samples
                 yardstick = held_out.best_of(task.best_of_n, reference, console)
-            torch.save((before, yardstick), before_file)
+            if first:
+                torch.save((before, yardstick), before_file)
         else:
             before, yardstick = torch.load(before_file, weights_only=False)
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -83,6 +92,8 @@ def run(algorithm: Algorithm, description: str | None, default_config: str) -> N
                 "the same command goes on from there"
             )
             raise SystemExit(130)
+        if not first:
+            return
         after = evaluate("after training")
         steps = read_metrics(output_dir)
         summary = summarise_run(before, after, yardstick, args.seed, steps)

@@ -1,0 +1,96 @@
+"""Two processes with half of each batch do what one does with the whole."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.trainers.run_in_processes import SETTINGS
+
+SCRIPT = Path(__file__).with_name("run_in_processes.py")
+CLOCKS = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"}
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def start(*command: str) -> None:
+    """Runs Python; its output is shown where it fails."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+@pytest.fixture(scope="module")
+def outputs(
+    tmp_path_factory, make_lm: Callable[..., Any], make_tokenizer: Callable[..., Any]
+) -> tuple[Path, Path]:
+    """What one process and two have left."""
+    folder = tmp_path_factory.mktemp("processes")
+    tokenizer = make_tokenizer(pad_is_eos=False)
+    make_lm(vocab_size=len(tokenizer)).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    start(str(SCRIPT), str(folder / "model"), str(folder / "one"))
+    start(*TORCHRUN, str(SCRIPT), str(folder / "model"), str(folder / "two"))
+    return folder / "one", folder / "two"
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("setting", [*SETTINGS, "distill"])
+def test_the_weights_are_those_of_one_process(outputs, setting):
+    one, two = (torch.load(folder / setting / "weights.pt") for folder in outputs)
+    assert one.keys() == two.keys()
+    for module, weights in one.items():
+        for name, weight in weights.items():
+            torch.testing.assert_close(two[module][name], weight, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("processes", ["one", "two"])
+def test_all_stop_where_one_is_told_to_and_go_on_from_there(outputs, processes):
+    folder = outputs[0].with_name(processes)
+    whole, resumed = (torch.load(folder / name / "weights.pt") for name in ("epochs", "stopped"))
+    for module, weights in whole.items():
+        for name, weight in weights.items():
+            assert torch.equal(resumed[module][name], weight), name
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_every_measurement_is_that_of_one_process_and_stands_once(outputs, setting):
+    one, two = (lines(folder / setting / "metrics.jsonl") for folder in outputs)
+    assert len(one) == len(two)
+    compared = set()
+    for before, after in zip(one, two, strict=True):
+        assert before.keys() == after.keys()
+        for name in before.keys() - CLOCKS:
+            if not name.startswith("time/"):
+                assert after[name] == pytest.approx(before[name], rel=1e-5, abs=1e-7), name
+                compared.add(name)
+    assert compared >= {"kl/rb_se", "val/advantage_std", "val/ess_fraction", "grad_norm", "episode"}
+    assert {"eval_kl/rb", "eval_objective/scores"} <= one[0].keys()
+    one, two = (
+        sorted(
+            (row["step"], row["prompt"]) for row in lines(folder / setting / "completions.jsonl")
+        )
+        for folder in outputs
+    )
+    assert one == two != []
+
+
+def test_a_distillations_log_is_the_mean_over_processes(outputs):
+    one, two = (lines(folder / "distill" / "metrics.jsonl") for folder in outputs)
+    for before, after in zip(one, two, strict=True):
+        assert before.keys() == after.keys()
+        for name in before.keys() & {"loss", "grad_norm", "divergence/fkl", "data/tokens"}:
+            assert after[name] == pytest.approx(before[name], rel=1e-6), name
