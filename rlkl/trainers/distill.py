@@ -27,7 +27,7 @@ from rlkl.rollout.randomness import generator_of
 from rlkl.rollout.records import scatter_tokens
 from rlkl.trainers.distill_config import DistillConfig
 from rlkl.trainers.distill_data import check_data, prompts_of
-from rlkl.trainers.processes import add_gradients, of_all, process_place
+from rlkl.trainers.processes import add_gradients, of_all, process_place, share_weights
 from rlkl.trainers.step import StepClock
 from rlkl.trainers.text_trainer import TextTrainer, check_weights, named_sets
 from rlkl.trainers.tracking import wandb_run
@@ -129,6 +129,7 @@ class DistillTrainer(TextTrainer):
         for name, data in named_sets(eval_dataset).items():
             self._check_evaluation(data, name)
         self.teacher.to(args.device)  # pyright: ignore[reportArgumentType] (decorated)
+        share_weights(self.model)
 
     # ---- one step --------------------------------------------------------------------------------
 

@@ -175,9 +175,9 @@ class PPOTrainer(TextTrainer):
         )
         super().__init__(model, args, train_dataset, processing_class, eval_dataset, callbacks)
         self.critic.to(args.device)
-        share_weights(self.critic.parameters())
         if self.ref_model is not None:
             self.ref_model.to(args.device).eval()
+        share_weights(self.model, self.ref_model, self.critic)
         self.policy_loss = PolicyLoss(
             self.model, self.ref_model, self.estimator, self.placement, args
         )

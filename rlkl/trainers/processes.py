@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from rlkl.rollout import Rollout
@@ -98,8 +98,9 @@ def add_gradients(parameters: Iterable[Tensor], scale: float = 1.0) -> None:
 
 
 @torch.no_grad()
-def share_weights(parameters: Iterable[Tensor]) -> None:
-    """Gives every process the first one's weights."""
+def share_weights(*models: nn.Module | None) -> None:
+    """Gives every process the first one's weights, of which some may have been drawn."""
     if PartialState().num_processes > 1:
-        for weight in parameters:
-            dist.broadcast(weight, src=0)
+        for model in filter(None, models):
+            for weight in (*model.parameters(), *model.buffers()):
+                dist.broadcast(weight, src=0)

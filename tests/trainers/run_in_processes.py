@@ -6,6 +6,7 @@ A response's draws depend on its prompt and the step alone, and prompts are deal
 update has the same ones, however many processes share them.
 """
 
+import json
 import os
 import signal
 import sys
@@ -27,6 +28,7 @@ from rlkl.trainers import (
     RaoBlackwellPPOTrainer,
     StopOnInterrupt,
 )
+from rlkl.trainers.processes import of_all
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 BEGINNINGS = ("the film", "a plot", "I found it", "it", "so the end", "acting", "this", "saw it")
@@ -68,7 +70,11 @@ def main(model_folder: str, output: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
 
     def model() -> Any:
-        return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float64)
+        """The first process has the model of the folder, the second begins with another."""
+        loaded = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float64)
+        if os.environ.get("RANK") == "1":
+            loaded.transformer.wte.weight.data.mul_(0.9)
+        return loaded
 
     def common(name: str) -> dict[str, Any]:
         return {
@@ -111,6 +117,13 @@ def main(model_folder: str, output: Path) -> None:
         trainer.evaluate()
         trainer.train()
         keep(trainer, name, critic=trainer.critic)
+        draws = of_all(
+            {
+                purpose: torch.rand((), generator=trainer._generator(purpose)).item()
+                for purpose in ("sampling", "minibatches", "evaluation")
+            }
+        )
+        (output / name / "draws.json").write_text(json.dumps(draws))
 
     # The first of the settings once more; the last process alone is told to stop.
     changes = SETTINGS["epochs"]
@@ -121,7 +134,7 @@ def main(model_folder: str, output: Path) -> None:
         resumed.train(resume_from_checkpoint=True)
         keep(resumed, "stopped", critic=resumed.critic)
 
-    teacher = model()
+    teacher = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float64)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         for weight in teacher.parameters():

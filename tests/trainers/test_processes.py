@@ -66,6 +66,12 @@ def test_all_stop_where_one_is_told_to_and_go_on_from_there(outputs, processes):
             assert torch.equal(resumed[module][name], weight), name
 
 
+def test_processes_draw_apart_but_for_evaluations_and_the_first_as_one_alone(outputs):
+    one, two = (json.loads((folder / "epochs" / "draws.json").read_text()) for folder in outputs)
+    assert two[0] == one[0]
+    assert {name for name in two[0] if two[0][name] == two[1][name]} == {"evaluation"}
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_every_measurement_is_that_of_one_process_and_stands_once(outputs, setting):
     one, two = (lines(folder / setting / "metrics.jsonl") for folder in outputs)

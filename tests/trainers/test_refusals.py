@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 
+from reward_models import LexiconReward
 from rlkl.trainers import PPOTrainer, RaoBlackwellPPOTrainer
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -264,3 +265,13 @@ def test_a_reward_model_that_fails_is_named_by_its_value(make_trainer):
 def test_off_policy_settings_that_mean_nothing_are_refused(make_trainer, changes, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(**changes)
+
+
+@pytest.mark.parametrize(("setting", "value"), [("fsdp", True), ("deepspeed", "zero.json")])
+def test_a_model_spread_over_processes_is_refused(
+    make_lm, make_config, tokenizer, prompts, setting, value
+):
+    args = make_config()
+    setattr(args, setting, value)  # for which transformers wants packages and GPUs
+    with pytest.raises(ValueError, match="a whole model each"):
+        PPOTrainer(make_lm(), LexiconReward(), args, prompts, tokenizer)
