@@ -1,5 +1,6 @@
 """Policies, references and critics: loading them, and reading hidden states from them."""
 
+from rlkl.models.checkpointing import enable_checkpointing, recomputing
 from rlkl.models.checks import check_causal_lm
 from rlkl.models.critic import Critic
 from rlkl.models.language_model import (
@@ -30,6 +31,7 @@ __all__ = [
     "check_causal_lm",
     "check_reference",
     "check_same_tokenizer",
+    "enable_checkpointing",
     "frozen_copy",
     "hidden_size",
     "keep_adapter",
@@ -38,6 +40,7 @@ __all__ = [
     "load_tokenizer",
     "output_head",
     "position_ids",
+    "recomputing",
     "reference_model",
     "response_hidden",
 ]

@@ -12,7 +12,7 @@ from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from rlkl.kl import TokenStats, fused_logp_loss, fused_token_loss, future_kl
 from rlkl.kl.chunked import vocabulary_of
-from rlkl.models import check_apart, check_causal_lm, output_head, response_hidden
+from rlkl.models import check_apart, check_causal_lm, output_head, recomputing, response_hidden
 from rlkl.models.language_model import check_positions
 from rlkl.rl import leave_one_out_mean
 from rlkl.rollout import Responses, sample_responses
@@ -214,7 +214,8 @@ class DistillTrainer(TextTrainer):
             responses.tokens.shape[1],
         )
         with self.accelerator.autocast():
-            student = response_hidden(self.model, ids, attention, length)
+            with recomputing(self.model):
+                student = response_hidden(self.model, ids, attention, length)
             with torch.no_grad():
                 teacher = response_hidden(self.teacher, ids, attention, length)
         return student[responses.mask], teacher[responses.mask]

@@ -33,7 +33,7 @@ from rlkl.kl import (
     prefix_weights,
     response_weights,
 )
-from rlkl.models import Critic, frozen_copy, hidden_size
+from rlkl.models import Critic, enable_checkpointing, frozen_copy, hidden_size, recomputing
 from rlkl.rl import clipped_value_loss
 from rlkl.rollout import (
     PolicyPass,
@@ -163,6 +163,8 @@ class PPOTrainer(TextTrainer):
         for name, data in named_sets(eval_dataset).items():
             self._check_data(data, name)
         own_trunk = frozen_copy(model).requires_grad_(True) if args.separate_value_model else None
+        if own_trunk is not None and args.activation_checkpointing:
+            enable_checkpointing(own_trunk, "the value model")
         self.critic = Critic(hidden_size(model), own_trunk)
         self.reward = (
             SumOfRewards(reward_funcs) if isinstance(reward_funcs, Sequence) else reward_funcs
@@ -241,7 +243,8 @@ class PPOTrainer(TextTrainer):
 
     def policy_pass(self, batch: Responses) -> PolicyPass:
         """Hidden states and values of a batch's tokens, with their graph."""
-        return policy_pass(self.model, self.critic, batch, self.accelerator.autocast)  # pyright: ignore[reportArgumentType] (its None)
+        with recomputing(self.model, self.critic):
+            return policy_pass(self.model, self.critic, batch, self.accelerator.autocast)  # pyright: ignore[reportArgumentType] (its None)
 
     @torch.no_grad()
     def measure(

@@ -17,11 +17,6 @@ def bf16_is_fast() -> bool:
 
 
 _IDLE = {
-    "gradient_checkpointing": (
-        "models are trained in eval mode here (without dropout), in which transformers does not "
-        "checkpoint (activation_checkpointing is another name for it). To save memory use smaller "
-        "batches"
-    ),
     "neftune_noise_alpha": (
         "models are trained in eval mode here (without dropout), in which no noise is added; leave "
         "it out"
@@ -89,9 +84,8 @@ class RunArguments(WandbArguments, TrainingArguments):
         if self.max_grad_norm is None:
             self.max_grad_norm = 0.0  # transformers' loop compares it, and 0 does not clip
         choose_precision(self)
-        self._check_effect()  # of what was set, before transformers warns of its old name
-        super().__post_init__()
         self._check_effect()
+        super().__post_init__()
         if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
             raise ValueError(
                 f"max_steps is {self.max_steps} and num_train_epochs {self.num_train_epochs}: "

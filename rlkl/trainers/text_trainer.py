@@ -25,6 +25,7 @@ from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from rlkl.data import collate_prompts
+from rlkl.models import enable_checkpointing
 from rlkl.trainers.finite import check_finite
 from rlkl.trainers.metrics import MetricsFile, average_steps
 from rlkl.trainers.processes import check_processes, of_first
@@ -88,7 +89,8 @@ class TextTrainer(Trainer, ABC):
     they read the same files, and the first one writes.
 
     Raises:
-        ValueError: DeepSpeed or FSDP; fewer rows than a batch with ``dataloader_drop_last``.
+        ValueError: DeepSpeed or FSDP; fewer rows than a batch with ``dataloader_drop_last``;
+            gradient checkpointing of a model whose layers cannot do it without dropout.
     """
 
     if_diverged: ClassVar[str] = "a lower learning_rate"
@@ -127,6 +129,8 @@ class TextTrainer(Trainer, ABC):
                 + ", and with dataloader_drop_last nothing would be trained: choose a smaller "
                 "batch, or dataloader_drop_last=False"
             )
+        if args.activation_checkpointing:
+            enable_checkpointing(self.model.eval(), "model")
         if self.pop_callback(WandbCallback) is not None:
             self.add_callback(WandbMirror)
 

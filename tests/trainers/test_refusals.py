@@ -88,7 +88,6 @@ def test_an_estimator_that_does_not_fit_the_default_placement_is_refused(make_tr
         ({"gamma": 3.0}, r"gamma is 3.0; it must lie in \[0, 1\]"),
         ({"lam": -1.0}, "lam is -1.0"),
         ({"missing_eos_penalty": -1.0}, "missing_eos_penalty is -1.0; it must be >= 0"),
-        ({"gradient_checkpointing": True}, "gradient_checkpointing has no effect"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha has no effect"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor has no effect"),
         ({"fp16": True}, "use bf16"),

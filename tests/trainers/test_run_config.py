@@ -51,7 +51,6 @@ def test_a_batch_is_not_multiplied_by_the_number_of_gpus(make_config, make_lm, t
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; it must be at lea"),
         ({"learning_rate": float("nan")}, "learning_rate is nan; it must be finite and >= 0"),
         ({"learning_rate": -1.0}, r"learning_rate is -1\.0; it must be finite and >= 0"),
-        ({"activation_checkpointing": True}, "checkpointing has no effect"),
     ],
 )
 def test_settings_that_the_training_would_stop_on_or_not_follow_are_refused(
