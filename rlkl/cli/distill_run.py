@@ -29,7 +29,7 @@ from trl import ModelConfig, get_peft_config
 from rlkl.cli.errors import refusing_bad_input
 from rlkl.cli.json_output import write_json
 from rlkl.cli.quiet import quiet_libraries
-from rlkl.cli.settings import SettingsParser, set_threads
+from rlkl.cli.settings import SettingsParser, set_threads, weights_dtype
 from rlkl.data import load_pairs
 from rlkl.evaluation.judge import JUDGE_PROMPT, Judge
 from rlkl.evaluation.student import StudentEvaluation, evaluate_student
@@ -165,7 +165,9 @@ def _prepare(
         task.teacher_model_name_or_path, dtype=getattr(torch, task.teacher_dtype)
     )
     student = load_causal_lm(
-        model_args.model_name_or_path, attn_implementation=model_args.attn_implementation
+        model_args.model_name_or_path,
+        dtype=weights_dtype(model_args),
+        attn_implementation=model_args.attn_implementation,
     )
     for name, data in held_out.items():
         models = (student, teacher)

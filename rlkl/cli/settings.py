@@ -67,12 +67,20 @@ def _refuse_unread(model: ModelConfig) -> None:
     """Refuses what TRL's ModelConfig has and `rlkl.models.load_causal_lm` does not do."""
     for setting in fields(model):
         name, value = setting.name, getattr(model, setting.name)
+        if name == "dtype" and value == "bfloat16" and model.use_peft:
+            continue
         unread = name.startswith(("model_revision", "dtype", "load_in_", "bnb_", "use_bnb_"))
         if unread and value != setting.default:
             raise ValueError(
                 f"{name} {value} has no effect: the trained model is loaded as it is, in float32 "
-                "(bf16 computes in bfloat16); leave it out"
+                "(bf16 computes in bfloat16; dtype bfloat16 is for the weights below an adapter, "
+                "with use_peft); leave it out"
             )
+
+
+def weights_dtype(model: ModelConfig) -> torch.dtype:
+    """What the weights are loaded in: trained ones in float32, those below an adapter as asked."""
+    return torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
 
 
 def _split_option(word: str) -> list[str]:

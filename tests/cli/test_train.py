@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from matplotlib.image import imread
+from safetensors.torch import load_file
 from trl import GRPOConfig, RLOOConfig
 
 from rlkl.cli.main import main
@@ -87,6 +88,21 @@ def test_two_steps_end_in_tables_numbers_a_plot_and_a_policy(command, folders, m
     assert "nats per response" in out
     written = out[out.index("Written to") :]
     assert ("completions.jsonl" in written) == (folders / "run" / "completions.jsonl").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_weights_below_an_adapter_may_be_bfloat16_and_a_base_may_recompute(
+    folders, monkeypatch, capsys
+):
+    assert run(monkeypatch, "ppo", folders, dtype="bfloat16") == 2
+    assert "with use_peft" in capsys.readouterr().err
+    below_an_adapter = {"use_peft": True, "learning_rate": 0.01, "dtype": "bfloat16"}
+    assert run(monkeypatch, "ppo", folders, **below_an_adapter, activation_checkpointing=True) == 0
+    summary = json.loads((folders / "run" / "summary.json").read_text())
+    assert summary["initial_kl"] == summary["initial_ratio_error"] == 0
+    assert summary["kl_rb"] > 0
+    adapter = load_file(folders / "run" / "policy" / "adapter_model.safetensors")
+    assert {weight.dtype for weight in adapter.values()} == {torch.float32}
 
 
 @every_command

@@ -147,6 +147,7 @@ def main(model_folder: str, output: Path) -> None:
             **common("distill"),
             per_device_train_batch_size=4,
             gradient_accumulation_steps=2 // PROCESSES,
+            logging_steps=1,
         ),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS, "completion": COMPLETIONS}),
         processing_class=tokenizer,

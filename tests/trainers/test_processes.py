@@ -98,5 +98,6 @@ def test_a_distillations_log_is_the_mean_over_processes(outputs):
     one, two = (lines(folder / "distill" / "metrics.jsonl") for folder in outputs)
     for before, after in zip(one, two, strict=True):
         assert before.keys() == after.keys()
-        for name in before.keys() & {"loss", "grad_norm", "divergence/fkl", "data/tokens"}:
-            assert after[name] == pytest.approx(before[name], rel=1e-6), name
+        if "grad_norm" in before:  # else the last record
+            for name in ("loss", "grad_norm", "data/tokens"):
+                assert after[name] == pytest.approx(before[name], rel=1e-6), name
