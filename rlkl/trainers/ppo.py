@@ -397,12 +397,15 @@ class PPOTrainer(TextTrainer):
         self.check_finite(f"the norm of {whose} gradient", cast(Tensor, norm))
 
     def _responses_so_far(self) -> int:
-        """Responses sampled up to this step, of which the last of an epoch may have fewer."""
+        """Responses sampled up to this step, of which the last of an epoch may have fewer (of one
+        process: accelerate fills the batches of several).
+        """
         epochs, steps = divmod(self.state.global_step + 1, self.batches_per_epoch)
         batch = self.args.per_device_train_batch_size * self.args.world_size
-        rows = len(cast(Dataset, self.train_dataset))
-        prompts = epochs * min(rows, self.batches_per_epoch * batch) + steps * batch
-        return prompts * self.args.num_generations
+        epoch = self.batches_per_epoch * batch
+        if self.args.world_size == 1:
+            epoch = min(epoch, len(cast(Dataset, self.train_dataset)))
+        return (epochs * epoch + steps * batch) * self.args.num_generations
 
     def _generator(self, purpose: str) -> torch.Generator:
         """Randomness of this step alone, so that a resumed run draws what it would have drawn;
