@@ -54,3 +54,7 @@ def main() -> None:
         sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except typer.TyperException as error:
         fail(f"{error.format_message()} (see --help)")
+
+
+if __name__ == "__main__":
+    main()

@@ -15,6 +15,7 @@ from rlkl.cli.errors import check_writable, fail, refusing_bad_input
 from rlkl.cli.json_output import write_json
 
 if TYPE_CHECKING:
+    from rlkl.cli.sentiment.algorithms import Algorithm
     from rlkl.sweep.ledger import Ledger
 
 sweep_app = typer.Typer(
@@ -40,6 +41,13 @@ Recipe = Annotated[
 JsonOut = Annotated[str | None, typer.Option("--json", help="Write as JSON to a file, or - here.")]
 
 
+def command_named(algorithm: str) -> "Algorithm":
+    """What a sweep reads of the command `rlkl ALGORITHM`: its settings and their defaults."""
+    from rlkl.cli.sentiment.algorithms import ALGORITHMS  # slow to import
+
+    return ALGORITHMS[algorithm.upper()]
+
+
 @sweep_app.command()
 def run(
     spec: Annotated[Path, typer.Argument(help="The sweep's YAML.")],
@@ -61,11 +69,11 @@ def run(
     console = Console()
     with refusing_bad_input():
         from rlkl.sweep.driver import Driver, begin_sweep, default_folder, default_storage
-        from rlkl.sweep.spec import load_spec
+        from rlkl.sweep.spec_file import load_spec
         from rlkl.sweep.status import duration, status_table
 
         with console.status("reading the spec and checking every cell's settings"):
-            loaded = load_spec(spec)
+            loaded = load_spec(spec, command_named)
         folder = out or default_folder(loaded)
         url = storage or default_storage(folder)
         if dry_run:
@@ -321,7 +329,7 @@ def _open(
 
 def _name_in(spec: Path) -> str:
     """The name of the sweep of a YAML, which need not be checked again to look at its results."""
-    from rlkl.sweep.spec import read_yaml
+    from rlkl.sweep.spec_file import read_yaml
 
     if not spec.is_file():
         raise FileNotFoundError(f"no such sweep: {spec}")

@@ -177,26 +177,31 @@ class Efficiency:
 def efficiencies(result: SweepResult) -> list[Efficiency | None]:
     """By point; None without a measured reference, or where the optimum gains nothing.
 
-    (reward − reward_ref) / (reward*(KL) − reward_ref), reward* linear between the tilt's points
-    from (0, reward_ref) on. The error is that of the point's reward and KL; the reference's is
-    common to all and much smaller.
+    (reward − reward_ref) / (reward*(KL) − reward_ref), reward* linear between the tilt's points,
+    and from (0, reward_ref) to the first of them as √KL: a small tilt has KL ≈ Var(r) / 2β² and
+    gains Var(r) / β. (A chord would have several times too little there.) The error is that of the
+    point's reward and KL; the reference's is common to all and much smaller.
     """
-    if result.reference is None:
+    trusted = [p for p in result.curve("optimal") if p["trusted"] and p["kl"] > 0]
+    if result.reference is None or not trusted:
         return [None] * len(result.points)
     start = result.reference["reward"]
-    trusted = [point for point in result.curve("optimal") if point["trusted"]]
-    kls = np.array([0.0, *(point["kl"] for point in trusted)])
-    gains = np.array([0.0, *(point["reward"] - start for point in trusted)])
+    kls = np.array([point["kl"] for point in trusted])
+    gains = np.array([point["reward"] - start for point in trusted])
+
+    def optimum(kl: float) -> float:
+        return float(np.interp(kl, kls, gains) * min(1.0, max(0.0, kl / kls[0])) ** 0.5)
+
     found: list[Efficiency | None] = []
     for point in result.points:
-        best = float(np.interp(point.kl, kls, gains))
+        best = optimum(point.kl)
         if best <= 0:
             found.append(None)
             continue
         beyond = bool(point.kl > kls[-1])
-        step = 0.01 * kls[-1]
-        ahead, behind = np.interp([point.kl + step, point.kl - step], kls, gains)
-        slope = 0.0 if beyond else float(ahead - behind) / (2 * step)
+        step = min(0.01 * kls[-1], point.kl / 2)
+        ahead, behind = optimum(point.kl + step), optimum(point.kl - step)
+        slope = 0.0 if beyond else (ahead - behind) / (2 * step)
         share = float((point.reward - start) / best)
         error = float(np.hypot(point.reward_se, share * slope * point.kl_se)) / best
         found.append(Efficiency(share, error, beyond and share >= 0, beyond and share < 0))

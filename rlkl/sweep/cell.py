@@ -2,8 +2,8 @@
 
     python -m rlkl.sweep.cell FOLDER
 
-FOLDER holds ``cell.json`` (what to run) and ``settings.yaml`` (the recipe's). What is asked of a
-recipe, a script of any kind:
+FOLDER holds ``cell.json`` (what to run, and the cell's settings by the sweep's names) and
+``settings.yaml`` (the same, for the recipe). What is asked of a recipe, a script of any kind:
 
 - ``python RECIPE --config settings.yaml`` trains, writing below the ``output_dir`` named there;
 - the same command again goes on from the last checkpoint of a run that was stopped or killed;
@@ -11,6 +11,8 @@ recipe, a script of any kind:
 - it declares ``SETTINGS``, the dataclasses of its settings, so that a sweep can be checked before
   it starts; a finished run leaves ``policy/`` (and ``checkpoint-N/`` if told to keep them) for the
   evaluator, and ``metrics.jsonl`` with a ``step`` in every line tells how far it is.
+
+rlkl's own commands do all that (`rlkl.sweep.algorithms`): ``rlkl rloo --config settings.yaml``.
 
 And of an evaluator: ``python EVALUATOR FOLDER`` writes ``points.json`` there, all at once (see
 `rlkl.sweep.evaluator` for its keys).
@@ -79,9 +81,9 @@ def main() -> None:
     if (folder / "points.json").is_file():
         return
     trained = folder / "trained"
-    if plan["recipe"] is not None and not trained.is_file():
+    if plan["command"] is not None and not trained.is_file():
         settings = str(folder / "settings.yaml")
-        supervisor.run([sys.executable, plan["recipe"], "--config", settings])
+        supervisor.run([sys.executable, *plan["command"], "--config", settings])
         trained.touch()
     evaluator = [plan["evaluator"]] if plan["evaluator"] else ["-m", "rlkl.sweep.evaluator"]
     supervisor.run([sys.executable, *evaluator, str(folder)])

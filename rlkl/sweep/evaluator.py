@@ -2,15 +2,16 @@
 
     python -m rlkl.sweep.evaluator FOLDER
 
-It reads the ``cell.json`` and ``settings.yaml`` of a cell and writes ``points.json``: {"points":
-one record a policy measured (the run's end, last; its checkpoints before, where they are kept),
-"samples": texts, "versions": {...}}; for the reference {"reference": {...}} beside no points, with
-its reward and, where they are measured, judge, optimal and best_of_n (see `Evaluator.reference`). A
-point's keys: step, kl, kl_se (exact token KL, nats per response), kl_k1, kl_k1_se (sampled, on the
-same responses), reward, reward_se, judge, judge_se, length, truncated, prompts (how many there
-were); every ``_se`` is clustered by prompt.
+It reads the ``cell.json`` of a cell and writes ``points.json``: {"points": one record a policy
+measured (the run's end, last; its checkpoints before, where they are kept), "samples": texts,
+"measured": how (see `Evaluator.measured`), "versions": {...}}; for the reference
+{"reference": {...}} beside no points, with its reward and, where they are measured, judge, optimal
+and best_of_n (see `Evaluator.reference`). A point's keys: step, kl, kl_se (exact token KL, nats per
+response), kl_k1, kl_k1_se (sampled, on the same responses), reward, reward_se, judge, judge_se,
+length, truncated, prompts (how many there were); every ``_se`` is clustered by prompt.
 """
 
+import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -19,7 +20,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -31,6 +31,7 @@ from rlkl.kl import mean_and_stderr, sequence_kl
 from rlkl.models import frozen_copy, load_causal_lm, load_tokenizer
 from rlkl.rollout import Rollout
 from rlkl.rollout.summary import token_kl
+from rlkl.sweep.spec import EVALUATED_FIELDS
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "optuna", "moocore", "numpy")
 
@@ -39,7 +40,7 @@ class Evaluator:
     """Measures policies against one reference.
 
     Args:
-        settings: of the recipe; only those of `rlkl.sweep.spec.EVALUATED_FIELDS` are read.
+        settings: of the cell; only those of `rlkl.sweep.spec.EVALUATED_FIELDS` are read.
         evaluation: prompts, responses_per_prompt, reference_samples, seed, samples.
     """
 
@@ -57,6 +58,17 @@ class Evaluator:
         self.judge = SentimentReward(settings["judge_model"] or EMBEDDED_JUDGE)
         source = settings["eval_prompts"] or EMBEDDED_EVAL_PROMPTS
         self.prompts = list(load_prompts(source)["prompt"])[: evaluation["prompts"]]
+
+    def measured(self) -> dict[str, Any]:
+        """What two measurements must share to be compared: settings, draws, and the very prompts
+        (their number and a digest of their texts).
+        """
+        texts = "\0".join(self.prompts).encode(errors="surrogatepass")
+        return {name: self.settings.get(name) for name in EVALUATED_FIELDS} | {
+            "prompts": len(self.prompts),
+            "prompts_sha256": hashlib.sha256(texts).hexdigest()[:16],
+            **{name: self.evaluation[name] for name in ("responses_per_prompt", "seed")},
+        }
 
     def point(self, policy: nn.Module, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Means of a policy with standard errors clustered by prompt, and sample texts."""
@@ -164,21 +176,20 @@ def main() -> None:
     """Measures the policies of one cell, or the reference."""
     folder = Path(sys.argv[1])
     plan = json.loads((folder / "cell.json").read_text())
-    settings = yaml.safe_load((folder / "settings.yaml").read_text())
     if plan["recipe"] is not None and not (folder / "run" / "policy").is_dir():
         (folder / "trained").unlink(missing_ok=True)  # so that another attempt trains
         sys.exit(
             f"{plan['recipe']} ended with code 0 and left no policy to measure: it must save it in "
             f"{folder / 'run' / 'policy'}"
         )
-    evaluator = Evaluator(settings, plan["evaluation"])
-    record: dict[str, Any] = {"points": [], "samples": []}
+    evaluator = Evaluator(plan["settings"], plan["evaluation"])
+    record: dict[str, Any] = {"points": [], "samples": [], "measured": evaluator.measured()}
     if plan["recipe"] is None:
         record["reference"] = evaluator.reference()
     else:
         run = folder / "run"
         policies = {int(p.name.split("-")[1]): p for p in run.glob("checkpoint-*")}
-        policies[steps_of(run, settings)] = run / "policy"
+        policies[steps_of(run, plan["settings"])] = run / "policy"
         for step, policy in sorted(policies.items()):
             point, samples = evaluator.point(evaluator.load(policy), step)
             record["points"].append(point)

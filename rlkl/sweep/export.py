@@ -50,7 +50,8 @@ def point_rows(analysis: Analysis) -> list[dict[str, Any]]:
     """One flat record a point."""
     rows = []
     for index, point in enumerate(analysis.result.points):
-        row = {k: v for k, v in vars(point).items() if k != "extra"} | point.extra
+        nested = ("extra", "measured")
+        row = {k: v for k, v in vars(point).items() if k not in nested} | point.extra
         row["on_front"] = analysis.reward.on_front[index]
         if analysis.judge is not None:
             row["on_judge_front"] = analysis.judge.on_front[index]
@@ -69,9 +70,10 @@ def frontier_json(analysis: Analysis) -> dict[str, Any]:
     ``points``, ``share_on_front`` and ``hypervolume`` (each {value, ci95}),
     ``hypervolume_difference``, ``reference_point`` [KL, reward], ``optimal`` [[KL, reward,
     trusted], …], ``best_of_n`` [[n, KL bound, reward], …], ``comparisons`` at equal KL,
-    ``over_optimisation``, under ``judge`` the same by the judge's score, ``failed`` with notes, and
-    ``missing`` [{label, seed}, …]: cells without a measurement. An arm that lacks a run of one of
-    its configurations has no hypervolume.
+    ``over_optimisation``, under ``judge`` the same by the judge's score, ``failed`` with notes,
+    ``missing`` [{label, seed}, …]: cells without a measurement, and ``measured``: how (one mapping
+    where all cells were measured alike). An arm that lacks a run of one of its configurations has
+    no hypervolume.
     """
     record = {"name": analysis.result.name, "points": point_rows(analysis)}
     record |= _measure(analysis, analysis.reward)
@@ -83,6 +85,7 @@ def frontier_json(analysis: Analysis) -> dict[str, Any]:
     }
     record["failed"] = analysis.result.failed
     record["missing"] = [{"label": c.label, "seed": c.seed} for c in analysis.result.missing]
+    record["measured"] = analysis.result.measured
     return record
 
 

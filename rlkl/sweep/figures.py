@@ -136,8 +136,7 @@ def _reference_traces(figure: go.Figure, analysis: Analysis, measure: str) -> No
         kls = [p["kl"] for p in curve]
         means, errors = np.array([score(p, measure) for p in curve]).T
         if trusted and result.reference is not None:
-            start = result.reference[measure]
-            kls, means, errors = [0.0, *kls], np.append(start, means), np.append(errors[0], errors)
+            kls, means, errors = _from_the_reference(result.reference[measure], kls, means, errors)
             band = np.append(means + Z * errors, (means - Z * errors)[::-1])
             figure.add_scatter(
                 x=[*kls, *reversed(kls)],
@@ -170,6 +169,19 @@ def _reference_traces(figure: go.Figure, analysis: Analysis, measure: str) -> No
         marker={"symbol": "line-ns-open", "size": 8, "color": _GREY},
         text=[f"best of {p['n']}" for p in best],
         hovertemplate="%{text}: %{y:.2f} at up to %{x:.2f} nats<extra></extra>",
+    )
+
+
+def _from_the_reference(
+    start: float, kls: list[float], means: np.ndarray, errors: np.ndarray
+) -> tuple[list[float], np.ndarray, np.ndarray]:
+    """The optimum's curve from (0, `start`) on: up to its first point it rises as √KL."""
+    root = np.linspace(0, 1, 12)[:-1]
+    near = start + root * (means[0] - start)
+    return (
+        [*(root**2 * kls[0]), *kls],
+        np.append(near, means),
+        np.append(np.full(len(root), errors[0]), errors),
     )
 
 
@@ -261,10 +273,9 @@ def _draw(axis: Axes, analysis: Analysis, front: Frontier) -> None:
     if result.reference is not None:
         curve = [p for p in result.curve("optimal") if p["trusted"]]
         if curve:  # with few samples of the reference no point of the optimum is known
-            kls = np.array([0.0, *(p["kl"] for p in curve)])
             means, errors = np.array([score(p, front.measure) for p in curve]).T
-            means = np.append(result.reference[front.measure], means)
-            errors = np.append(errors[0], errors)
+            start, kls = result.reference[front.measure], [p["kl"] for p in curve]
+            kls, means, errors = _from_the_reference(start, kls, means, errors)
             axis.plot(kls, means, color=_GREY, label="optimum")
             axis.fill_between(
                 kls, means - Z * errors, means + Z * errors, color=_GREY, alpha=0.15, lw=0

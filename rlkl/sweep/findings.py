@@ -1,5 +1,7 @@
 """A sweep in sentences: what its page, its W&B summary and the command line say of it."""
 
+import json
+from collections.abc import Iterator
 from itertools import combinations, groupby
 from typing import Any
 
@@ -20,6 +22,8 @@ def findings(analysis: Analysis) -> list[dict[str, Any]]:
     def say(text: str, warn: bool = False) -> None:
         lines.append({"text": text, "warn": warn})
 
+    for text in _mixed(result):
+        say(text, warn=True)
     if result.missing:
         say(_missing(analysis), warn=True)
     pairs = len(front.comparisons)
@@ -133,6 +137,31 @@ def _shares(front: Frontier) -> str:
     elif wide:
         said += f"; of {', '.join(wide)} the seeds leave it open, from 0% to 100%"
     return f"Share of the reward-vs-KL front: {said}."
+
+
+def _mixed(result: SweepResult) -> Iterator[str]:
+    """What keeps the numbers from being compared: measurements of several kinds, or of none known.
+
+    Records of one kind, or all of them from before it was recorded, are not spoken of.
+    """
+    ways = result.measured
+    names = dict.fromkeys(name for way in ways for name in way)
+    different = []
+    for name in names:
+        values = dict.fromkeys(json.dumps(way.get(name)) for way in ways)
+        if len(values) > 1:
+            different.append(f"{name} is {' or '.join(values)}")
+    if different:
+        yield (
+            f"These numbers do not compare: they were measured in {len(ways)} ways "
+            f"({'; '.join(different)}). Measure all cells alike, in a sweep of another name."
+        )
+    unsaid = len({p.run_id for p in result.points if not p.measured})
+    if ways and unsaid:
+        yield (
+            f"{unsaid} of {len(result.ends)} runs do not say how they were measured, being older "
+            "records: whether they compare with the others is not known."
+        )
 
 
 def missing_runs(result: SweepResult) -> list[str]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlkl.sweep.algorithms import ALGORITHMS
 from rlkl.sweep.fields import not_finite
 from rlkl.sweep.ledger import REFERENCE, Ledger
-from rlkl.sweep.spec import SearchSpec, SweepSpec
+from rlkl.sweep.spec import STRENGTH, SearchSpec, SweepSpec
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,15 @@ class Point:
     judge: float | None = None
     judge_se: float | None = None
     seconds: float = 0.0
+    algorithm: str | None = None
+    """The command that trained it; None: a recipe of the user's, or a record that does not say."""
     estimator: str | None = None
     placement: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     """What else the evaluator measured."""
+    measured: dict[str, Any] = field(default_factory=dict)
+    """How, by the evaluator: prompts, lengths, temperature, scores; empty where a record does not
+    say."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,23 @@ class SweepResult:
         )
 
     @property
+    def algorithms(self) -> list[str]:
+        """What trained the runs, as far as it is known, in the order of the grid."""
+        runs = sorted(self.points, key=lambda p: p.configuration)
+        return list(dict.fromkeys(p.algorithm for p in runs if p.algorithm is not None))
+
+    @property
+    def measured(self) -> list[dict[str, Any]]:
+        """The ways in which runs and reference were measured, as far as the records say; numbers
+        of two ways do not compare.
+        """
+        ways: list[dict[str, Any]] = []
+        for way in [*(p.measured for p in self.points), (self.reference or {}).get("measured")]:
+            if way and way not in ways:
+                ways.append(way)
+        return ways
+
+    @property
     def ends(self) -> list[Point]:
         """The points at the ends of the runs."""
         return [point for point in self.points if point.last]
@@ -114,12 +137,13 @@ class SweepResult:
         names, seeds = dict(measured), sorted({p.seed for p in self.points})
         if "grid" in self.spec:
             search = self.spec.get("search")
+            what = {n: self.spec[n] for n in ("recipe", "algorithm", "defaults") if n in self.spec}
             spec = SweepSpec(
                 name=self.name,
-                recipe="",
                 settings=self.spec.get("settings", {}),
                 grid=self.spec["grid"],
                 search=SearchSpec(**search) if search else None,
+                **what,
             )
             seeds = self.spec["seeds"]
             for configuration in map(spec.configuration, range(spec.num_configurations)):
@@ -195,8 +219,9 @@ def check_record(record: Any, reference: bool) -> None:
         for number, point in enumerate(found):
             _check_point(point, f"points[{number}]")
     _check_rows(record.get("samples", []), ("reward",), "samples")
-    if not isinstance(record.get("versions", {}), dict):
-        raise ValueError(f"versions is {record['versions']!r}; a mapping is needed")
+    for name in ("versions", "measured"):
+        if not isinstance(record.get(name, {}), dict):
+            raise ValueError(f"{name} is {record[name]!r}; a mapping is needed")
     for place in not_finite(record, ""):
         raise ValueError(f"the evaluator measured that {place.lstrip('.')}")
 
@@ -248,9 +273,14 @@ def collect(ledger: Ledger) -> SweepResult:
         if cell.state != "done" or cell.record is None:
             continue
         versions |= cell.record.get("versions", {})
+        how = cell.record.get("measured", {})
         if cell.key == REFERENCE:
-            reference = cell.record["reference"]
+            reference = cell.record["reference"] | ({"measured": how} if how else {})
             continue
+        algorithm = ledger.spec.algorithm_of(cell.settings)
+        settings = cell.settings
+        if algorithm is not None:
+            settings = {**ALGORITHMS[algorithm].fixed, **settings}
         samples[cell.key] = cell.record.get("samples", [])
         measured: Sequence[dict[str, Any]] = cell.record["points"]
         for measurement in measured:
@@ -261,12 +291,14 @@ def collect(ledger: Ledger) -> SweepResult:
                     label=cell.label,
                     configuration=cell.configuration,
                     seed=cell.seed,
-                    kl_coef=float(cell.settings.get("kl_coef", 0.0)),
+                    kl_coef=float(settings.get(STRENGTH, 0.0)),
                     last=measurement is measured[-1],
                     seconds=round(cell.seconds, 1),
-                    estimator=cell.settings.get("kl_estimator"),
-                    placement=cell.settings.get("kl_placement"),
+                    algorithm=algorithm,
+                    estimator=settings.get("kl_estimator"),
+                    placement=settings.get("kl_placement"),
                     extra={k: v for k, v in measurement.items() if k not in _MEASURED},
+                    measured=how,
                     **{k: measurement[k] for k in _MEASURED if k in measurement},
                 )
             )

@@ -67,6 +67,7 @@ def page(analysis: Analysis) -> str:
         ],
     }
     kl_ref, reward_ref = front.reference_point
+    compared = "algorithm" if len(result.algorithms) > 1 else "estimator"
     least = "the reference model's own reward" if result.reference else "the least reward measured"
     return environment.get_template("report.html.j2").render(
         result=result,
@@ -75,12 +76,12 @@ def page(analysis: Analysis) -> str:
         findings=findings(analysis),
         missing=missing_runs(result),
         caption=_caption(analysis),
-        compared="estimator",
+        compared=compared,
         judged=analysis.judge is not None,
         arms=_arm_rows(analysis),
         reference_point=(
             "Share: of the points on the common front of all runs. Hypervolume: the area between "
-            f"an estimator's points of one seed and the reference point ({kl_ref:.2f} nats: the "
+            f"an {compared}'s points of one seed and the reference point ({kl_ref:.2f} nats: the "
             f"largest KL measured; {reward_ref:+.2f}: {least}), in nats "
             "times reward, mean over seeds. In brackets 95% intervals over seeds (bootstrap "
             "within configurations), for these prompts: other prompts are not in them."
@@ -89,6 +90,7 @@ def page(analysis: Analysis) -> str:
         configurations=_configuration_rows(analysis),
         samples=_samples(result),
         spec=yaml.safe_dump(result.spec, sort_keys=False),
+        measured=yaml.safe_dump_all(result.measured, sort_keys=False),
         versions=yaml.safe_dump(versions(result), sort_keys=False),
     )
 
@@ -108,7 +110,8 @@ def _caption(analysis: Analysis) -> str:
     evaluation = result.spec.get("evaluation", {})
     asked = evaluation.get("prompts", "?")  # where a record does not say how many
     measured = " or ".join({str(point.extra.get("prompts", asked)) for point in result.points})
-    text = (
+    commands = " and ".join(f"rlkl {name}" for name in result.algorithms)
+    text = (f"Trained by {commands}. " if commands else "") + (
         f"Every run is measured on the same {measured} held-out prompts, "
         f"{evaluation.get('responses_per_prompt', '?')} responses each, with the same random "
         "numbers; KL exact per token; error bars are 1.96 standard errors, clustered by prompt. "

@@ -42,7 +42,18 @@ def log_summary(analysis: Analysis, folder: Path, identity: str) -> None:
         run.log_artifact(artifact)
 
 
-_COLUMNS = ("run_id", "arm", "kl_coef", "seed", "step", "kl", "kl_se", "reward", "reward_se")
+_COLUMNS = (
+    "run_id",
+    "arm",
+    "algorithm",
+    "kl_coef",
+    "seed",
+    "step",
+    "kl",
+    "kl_se",
+    "reward",
+    "reward_se",
+)
 _COLUMNS += ("judge", "judge_se", "on_front", "efficiency", "efficiency_se")
 
 

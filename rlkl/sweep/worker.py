@@ -18,8 +18,10 @@ from typing import Any, cast
 
 import yaml
 
+from rlkl.sweep.algorithms import command_of, in_own_names
 from rlkl.sweep.ledger import REFERENCE, Cell, Ledger
 from rlkl.sweep.records import check_record
+from rlkl.sweep.spec import ALGORITHM, STRENGTH
 from rlkl.sweep.study import ConfigurationStudy
 
 LAST_LINES = 15
@@ -50,12 +52,14 @@ class Worker:
     ) -> None:
         self.ledger, self.spec, self.folder = ledger, ledger.spec, folder.resolve()
         self.threads, self.recipe = threads, recipe or ledger.spec.recipe
+        if recipe is not None and ledger.spec.recipe is None:
+            raise ValueError(f"{ledger.name} runs rlkl's own algorithms: leave --recipe out")
         self.stop, self.parent = stop or threading.Event(), parent
         self.name = f"{socket.gethostname()}/{os.getpid()}"
         self.folder.mkdir(parents=True, exist_ok=True)
         if not os.access(self.folder, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.folder))
-        if not Path(self.recipe).is_file():
+        if self.recipe is not None and not Path(self.recipe).is_file():
             raise FileNotFoundError(
                 f"no such recipe here: {self.recipe}; name this machine's copy by --recipe"
             )
@@ -177,10 +181,13 @@ class Worker:
     def _write_plan(self, cell: Cell, folder: Path) -> None:
         """What the cell's process reads; refuses a folder that another sweep has left."""
         evaluation = self.spec.evaluation
+        command = None if cell.key == REFERENCE else self.command(cell)
         plan = {
             "sweep": self.ledger.identity,
             "key": cell.key,
-            "recipe": None if cell.key == REFERENCE else self.recipe,
+            "recipe": None if command is None else self.recipe or f"rlkl {command[-1]}",
+            "command": command,
+            "settings": cell.settings,
             "evaluator": evaluation.script,
             "evaluation": {
                 "prompts": evaluation.prompts,
@@ -202,21 +209,30 @@ class Worker:
         temporary.write_text(json.dumps(plan, indent=2))
         temporary.replace(file)
 
+    def command(self, cell: Cell) -> list[str]:
+        """What trains a cell, as words for Python."""
+        if self.recipe is not None:
+            return [self.recipe]
+        return command_of(cell.settings[ALGORITHM])
+
     def settings(self, cell: Cell, folder: Path) -> dict[str, Any]:
-        """The recipe's settings of a cell."""
+        """The recipe's settings of a cell, by its own names."""
         settings = {**cell.settings, "output_dir": str(folder / "run"), "seed": cell.seed}
         if self.spec.evaluation.checkpoints:
             settings |= {"keep_checkpoints": True, "save_total_limit": None}
         if "report_to" in cell.settings:  # a recipe that can log to W&B
-            tags = [f"{k}={cell.settings[k]}" for k in ("kl_coef",) if k in cell.settings]
+            tags = [f"{k}={cell.settings[k]}" for k in (STRENGTH,) if k in cell.settings]
+            own = cell.settings.get("wandb_tags") or []
+            own = [own] if isinstance(own, str) else own
             settings |= {
                 "wandb_group": self.spec.name,
                 "wandb_run_id": wandb_id(self.ledger.identity, cell.key),
                 "run_name": f"{cell.label} seed={cell.seed}",
-                "wandb_tags": [cell.arm, *tags, f"seed={cell.seed}"],
+                "wandb_tags": [*own, cell.arm, *tags, f"seed={cell.seed}"],
                 "wandb_arm": cell.arm,
             }
-        return settings
+        algorithm = self.spec.algorithm_of(cell.settings)
+        return settings if algorithm is None else in_own_names(algorithm, settings)
 
 
 def wandb_id(identity: str, key: str) -> str:

@@ -118,6 +118,8 @@ class PPOConfig(RunArguments):
         for name in positive:
             if not getattr(self, name) > 0:  # nan is not either
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be > 0")
+        if self.temperature == math.inf:
+            raise ValueError("temperature is inf; it must be finite")
         for name in ("max_prompt_length", "num_completions"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -134,10 +136,10 @@ class PPOConfig(RunArguments):
                 "fp16 autocast is not for PPO here, whose epochs would each need their own scaling "
                 "of the gradient: use bf16"
             )
-        if self.kl_coef < 0:
+        if not 0 <= self.kl_coef < math.inf:
             raise ValueError(
-                f"kl_coef is {self.kl_coef}; it must be >= 0 (0 trains without penalty and still "
-                "measures the KL)"
+                f"kl_coef is {self.kl_coef}; it must be >= 0 and finite (0 trains without penalty "
+                "and still measures the KL)"
             )
         if self.kl_off_policy not in ("none", "prefix", "prefix_truncated"):
             raise ValueError(

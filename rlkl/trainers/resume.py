@@ -7,7 +7,8 @@ from typing import Any
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-FREE = ("output_dir", "logging_dir", "report_to", "run_name", "wandb_arm", "threads", "save_steps")
+FREE = ("output_dir", "logging_dir", "report_to", "run_name", "wandb_arm", "wandb_tags")
+FREE += ("threads", "save_steps")
 """Settings of a run that another command may change when it goes on."""
 
 

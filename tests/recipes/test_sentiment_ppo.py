@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from rlkl.cli.sentiment.algorithms import PPO
-from rlkl.sweep.spec import recipe_settings
+from rlkl.sweep.recipe import recipe_settings
 from rlkl.trainers import PPOTrainer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -131,8 +131,8 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_records_each_step_once(
         with pytest.raises(KeyboardInterrupt):
             run(patch, "sentiment_ppo.py", words)
     assert not (folders / "run" / "summary.json").exists()
-    # A sweep says the arm; one that began before it did goes on all the same.
-    run(monkeypatch, "sentiment_ppo.py", [*words, "--wandb_arm", "rb"])
+    # A sweep says arm and tags; one that began before it did goes on all the same.
+    run(monkeypatch, "sentiment_ppo.py", [*words, "--wandb_arm", "rb", "--wandb_tags", "mine"])
     lines = (folders / "run" / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in lines]
     assert [record["step"] for record in steps if "kl/rb" in record] == [1, 2, 3, 4]

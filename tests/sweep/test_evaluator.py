@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from rlkl.sweep.evaluator import Evaluator, clustered
 
@@ -77,6 +76,22 @@ def test_prompts_are_cut_as_in_training(settings, folders, make_lm):
     assert points[0] == points[1]
 
 
+def test_how_it_was_measured_tells_prompts_lengths_and_draws_apart(settings, folders):
+    before = Evaluator(settings, EVALUATION).measured()
+    assert (before["prompts"], before["temperature"], before["max_prompt_length"]) == (6, 1.0, None)
+    for changed in (
+        Evaluator(settings | {"max_prompt_length": 2}, EVALUATION),
+        Evaluator(settings | {"response_length": 6}, EVALUATION),
+        Evaluator(settings, EVALUATION | {"prompts": 4}),
+        Evaluator(settings, EVALUATION | {"responses_per_prompt": 2}),
+        Evaluator(settings, EVALUATION | {"seed": 1}),
+    ):
+        assert changed.measured() != before
+    (folders / "prompts.txt").write_text("a superb plot\n" * 8)  # the same path, other prompts
+    after = Evaluator(settings, EVALUATION).measured()
+    assert {k for k in after if after[k] != before[k]} == {"prompts_sha256"}
+
+
 @pytest.mark.parametrize("max_steps", [2, -1, None], ids=str)
 def test_a_cell_is_measured_at_its_end_and_its_kept_checkpoints(
     settings, tmp_path, make_lm, max_steps
@@ -87,8 +102,8 @@ def test_a_cell_is_measured_at_its_end_and_its_kept_checkpoints(
     for name, seed in (("checkpoint-1", 1), ("policy", 2)):
         make_lm(vocab_size=34, seed=seed).save_pretrained(cell / "run" / name)
     (cell / "run" / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
-    (cell / "cell.json").write_text(json.dumps({"recipe": "x.py", "evaluation": EVALUATION}))
-    (cell / "settings.yaml").write_text(yaml.safe_dump(settings))
+    plan = {"recipe": "x.py", "settings": settings, "evaluation": EVALUATION}
+    (cell / "cell.json").write_text(json.dumps(plan))
     done = subprocess.run(
         [sys.executable, "-m", "rlkl.sweep.evaluator", str(cell)],
         capture_output=True,
@@ -100,14 +115,15 @@ def test_a_cell_is_measured_at_its_end_and_its_kept_checkpoints(
     assert [point["step"] for point in record["points"]] == [1, 2]
     assert {"kl", "kl_se", "reward", "reward_se", "judge", "judge_se"} <= record["points"][0].keys()
     assert record["versions"]["torch"] == torch.__version__
+    assert record["measured"] == Evaluator(settings, EVALUATION).measured()
     assert not (cell / "run" / "checkpoint-1").exists()
 
 
 def test_a_recipe_that_left_no_policy_is_named_and_trains_again(settings, tmp_path):
     """Code 0 and nothing to measure: a retry would otherwise measure the same nothing."""
     (tmp_path / "trained").touch()
-    (tmp_path / "cell.json").write_text(json.dumps({"recipe": "x.py", "evaluation": EVALUATION}))
-    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(settings))
+    plan = {"recipe": "x.py", "settings": settings, "evaluation": EVALUATION}
+    (tmp_path / "cell.json").write_text(json.dumps(plan))
     done = subprocess.run(
         [sys.executable, "-m", "rlkl.sweep.evaluator", str(tmp_path)],
         capture_output=True,

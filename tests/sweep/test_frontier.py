@@ -1,14 +1,16 @@
 """Fronts, volumes, surfaces and intervals against their definitions and closed forms."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
+from rlkl.evaluation import OptimalTilt
 from rlkl.sweep import hypervolume, pareto_front
 from rlkl.sweep.analysis import efficiencies, frontier, over_optimisation
 from rlkl.sweep.frontier import Replicas, attainment_surface
@@ -320,6 +322,24 @@ def test_efficiency_is_the_gain_over_the_optimums_at_the_same_kl(make_result):
     beyond = efficiencies(result)[1]
     assert beyond.upper_bound
     assert beyond.share == pytest.approx(far.reward / (3 * np.log1p(3.4)), rel=0.02)
+
+
+def test_on_the_optimum_the_share_is_all_of_it_also_below_its_first_point(make_result):
+    """By a chord from the reference it was 3 times that at 0.01 nats, and 30 times at 0.0001."""
+    scores = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    scores = scores + 0.1 * scores**2  # a little skewed, as rewards are
+    tilt, result = OptimalTilt(scores), make_result(configurations=4)
+    curve = [asdict(point) for point in tilt.curve()]
+    reference = {"reward": float(scores.mean()), "optimal": curve}
+    on_it = [tilt.at(tilt.beta_of(kl)) for kl in (1e-4, 1e-3, 0.01, 0.03, 0.1, 1.0)]
+    assert on_it[4].kl < curve[0]["kl"] < on_it[5].kl
+    points = [
+        replace(p, kl=point.kl, reward=point.reward)
+        for p, point in zip(result.points, on_it, strict=False)
+    ]
+    shares = [e.share for e in efficiencies(replace(result, points=points, reference=reference))]
+    # The gain is σ√(2 KL) (1 + √(2 KL) skewness / 6 + …); the skewness of 0.6 makes 5% by 0.1 nats.
+    assert shares == pytest.approx([1.0] * 6, abs=0.06)
 
 
 def test_beyond_the_known_optimum_a_share_of_a_loss_is_a_lower_bound(make_result):

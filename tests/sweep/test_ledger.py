@@ -1,5 +1,6 @@
 """The ledger: of many workers one gets a cell, and a cell ends once; on SQLite and PostgreSQL."""
 
+import json
 import re
 import threading
 import time
@@ -7,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from rlkl.sweep.driver import begin_sweep
-from rlkl.sweep.ledger import Ledger, engine_of, open_ledger, sweep_names
+from rlkl.sweep.ledger import SWEEPS, Ledger, engine_of, open_ledger, sweep_names
 from rlkl.sweep.spec import SweepSpec
 from rlkl.sweep.study import ConfigurationStudy
 
@@ -173,6 +175,18 @@ def test_a_sweep_begun_before_a_field_was_stored_goes_on_where_that_is_null(tmp_
             open_ledger(url, make_spec(settings=settings | changed), "identity")
     with pytest.raises(ValueError, match="other settings"):
         open_ledger(url, make_spec(settings={}), "identity")
+
+
+def test_a_sweep_stored_before_algorithms_could_be_swept_goes_on(tmp_path, make_spec):
+    url, spec = f"sqlite:///{tmp_path}/sweep.db", make_spec()
+    ledger = open_ledger(url, spec, "identity")
+    stored = json.loads(spec.to_json())
+    old = {k: v for k, v in stored.items() if k not in ("algorithm", "defaults")}
+    assert len(old) == len(stored) - 2
+    with ledger.engine.begin() as db:
+        db.execute(sa.update(SWEEPS).values(spec=json.dumps(old)))
+    assert open_ledger(url, spec, "identity").spec == spec
+    assert Ledger(url).spec == spec
 
 
 def test_a_grids_configurations_are_trials_with_the_means_of_their_seeds(url, make_spec, request):

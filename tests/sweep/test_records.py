@@ -32,6 +32,7 @@ def test_a_measurement_is_taken():
         ({"points": [POINT], "samples": "text"}, False, "samples is no list"),
         ({"points": [POINT], "samples": [{"prompt": "a"}]}, False, r"samples\[0\] has no number"),
         ({"points": [POINT], "versions": 3}, False, "versions is 3; a mapping"),
+        ({"points": [POINT], "measured": [1]}, False, r"measured is \[1\]; a mapping"),
         ({"reference": {"reward": 0.0, "optimal": {}}}, True, "reference.optimal is no list"),
         ({"reference": {"reward": 0.0, "optimal": [{"kl": 1.0}]}}, True, r"optimal\[0\] has no"),
         ({"reference": {"reward": 0.0, "best_of_n": [3]}}, True, r"best_of_n\[0\] is no mapping"),

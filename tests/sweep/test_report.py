@@ -157,10 +157,10 @@ def test_it_says_what_was_tested_and_up_to_where_the_optimum_is_known(make_resul
 
 
 def test_noise_at_almost_no_kl_is_not_the_best_share_of_the_optimum(make_result):
-    """0.05 of reward by chance at 0.001 nats is 17 times the gain of 0.003 that is possible."""
+    """0.5 of reward by chance at 0.001 nats is 17 times the gain of 0.03 that is possible."""
     result = make_result()
     points = [replace(p, reward_se=0.1) for p in result.points]
-    points[0] = replace(points[0], kl=0.001, reward=0.05)
+    points[0] = replace(points[0], kl=0.001, reward=0.5)
     result = replace(result, points=points)
     shares = [e.share for e in efficiencies(result)]
     assert shares[0] > 15 * max(shares[1:])
@@ -431,6 +431,49 @@ def test_a_reference_without_reward_is_no_measurement():
     check_record({"points": [], "reference": {"reward": 0.5}}, reference=True)
     with pytest.raises(ValueError, match="reference has no number reward"):
         check_record({"points": [], "reference": {"judge": 0.5}}, reference=True)
+
+
+def test_numbers_that_were_measured_in_several_ways_are_marked_and_older_records_are_not(
+    make_result, tmp_path
+):
+    result = make_result(configurations=4, seeds=2)
+    assert result.measured == []
+    silent = [line["text"] for line in findings(analyse(result, resamples=2))]
+    assert not any("measured" in text for text in silent), "no record says how"
+
+    way = {"prompts": 8, "temperature": 1.0, "max_prompt_length": None}
+    alike = replace(result, points=[replace(p, measured=way) for p in result.points])
+    assert findings(analyse(alike, resamples=2)) == findings(analyse(result, resamples=2))
+
+    points = alike.points
+    mixed = [replace(points[0], measured=way | {"temperature": 0.7}), *points[1:]]
+    first, *_ = findings(analyse(replace(alike, points=mixed), resamples=2))
+    assert first["warn"]
+    assert (
+        "do not compare: they were measured in 2 ways (temperature is 0.7 or 1.0)" in first["text"]
+    )
+
+    reference = {**alike.reference, "measured": way | {"prompts": 4}}
+    first, *_ = findings(analyse(replace(alike, reference=reference), resamples=2))
+    assert "(prompts is 8 or 4)" in first["text"]
+
+    part = replace(alike, points=[result.points[0], *points[1:]])
+    first, *_ = findings(analyse(part, resamples=2))
+    assert "1 of 8 runs do not say how they were measured" in first["text"]
+    write_report(part, tmp_path)
+    assert SweepResult.load(tmp_path / "records.jsonl") == part
+    assert json.loads((tmp_path / "frontier.json").read_text())["measured"] == [way]
+    assert "max_prompt_length: null" in (tmp_path / "index.html").read_text()
+
+
+def test_algorithms_are_named_where_the_records_know_them(make_result):
+    result = make_result(configurations=4, seeds=2)
+    assert "Trained by" not in page(analyse(result, resamples=2))
+    known = [replace(p, algorithm="rloo" if p.arm == "rb" else "ppo") for p in result.points]
+    both = analyse(replace(result, points=known), resamples=2)
+    assert "Trained by rlkl ppo and rlkl rloo. Every run" in page(both)
+    assert "<th>algorithm</th>" in page(both)
+    assert frontier_json(both)["points"][0]["algorithm"] == "ppo"
 
 
 def test_the_page_says_how_many_prompts_there_were(make_result):

@@ -6,7 +6,8 @@ from datetime import date
 import pytest
 import yaml
 
-from rlkl.sweep.spec import SearchSpec, SweepSpec, iterate_cells, load_spec
+from rlkl.sweep.spec import SearchSpec, SweepSpec, iterate_cells
+from rlkl.sweep.spec_file import load_spec
 
 
 def test_cells_are_the_product_of_the_axes_and_the_seeds(write_spec):
@@ -44,6 +45,9 @@ def test_settings_stand_over_those_of_the_base_config(write_spec, tmp_path):
         ({"grid": {"kl_coef": [float("nan"), 1.0]}}, "grid.kl_coef[0] is nan"),
         ({"grid": {"kl_coef": [float("inf")]}}, "grid.kl_coef[0] is inf"),
         ({"settings": {"seconds_per_step": float("nan")}}, "settings.seconds_per_step is nan"),
+        ({"grid": {"kl_coef": ["1e400"]}}, "kl_coef is inf; a finite number is needed"),
+        ({"grid": {"kl_coef": ["nan", 1.0]}}, "kl_coef is nan; a finite number is needed"),
+        ({"settings": {"seconds_per_step": "-1e400"}}, "seconds_per_step is -inf"),
         ({"grid": {"kl_coef": [0.1, 0.1]}}, "the same"),
         ({"grid": {"kl_coef": [1, 1.0]}}, "the same: fake kl_coef=1, fake kl_coef=1"),
         ({"grid": {"kl_coef": ["0.1", 0.1]}}, "the same"),

@@ -85,6 +85,16 @@ def test_the_runs_of_the_cells_are_one_group_with_ids_that_outlast_attempts(make
     assert worker.settings(again, tmp_path)["wandb_run_id"] == ids[0]
 
 
+@pytest.mark.parametrize("tags", [["mine", "second"], "mine", []], ids=str)
+def test_the_tags_of_a_sweep_are_added_to(make_spec, tmp_path, tags):
+    own = ["k1", "kl_coef=0.1", "seed=0"]
+    spec = make_spec(settings={"report_to": "wandb", "wandb_tags": tags})
+    ledger = open_ledger(f"sqlite:///{tmp_path}/sweep.db", spec, "identity")
+    ledger.add_configuration(spec.configuration(0), 0)
+    settings = Worker(ledger, tmp_path, threads=1).settings(ledger.cells()[0], tmp_path)
+    assert settings["wandb_tags"] == [*(["mine"] if tags == "mine" else tags), *own]
+
+
 def test_online_without_a_key_says_what_to_do_and_goes_on_offline(monkeypatch, capsys):
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setattr(wandb, "login", lambda *, prompt, verify: False)

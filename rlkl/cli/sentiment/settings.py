@@ -76,6 +76,9 @@ class _Run(WandbArguments):
             value = getattr(self, name)
             if value is None or value == 0 or (value < 0 and name != "max_steps"):
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        from rlkl.trainers.trl.checks import check_settings  # TRL's trainers are slow to import
+
+        check_settings(self)  # pyright: ignore[reportArgumentType] (with one of TRL's below)
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """What TRL's settings and models must be for the exact KL of a sequence to be what is trained."""
 
+import math
+
 import torch
 from torch import nn
 from trl import GRPOConfig, RLOOConfig
@@ -34,8 +36,12 @@ def check_settings(args: RLOOConfig | GRPOConfig) -> None:
             not args.sync_ref_model,
             "moves the reference, from which the KL is to be held: set False",
         ),
-        "temperature": (args.temperature > 0, "must be positive"),
-        "beta": (args.beta >= 0, "must be at least 0 (0 measures the KL all the same)"),
+        "temperature": (0 < args.temperature < math.inf, "must be positive and finite"),
+        "beta": (
+            0 <= args.beta < math.inf,
+            "must be at least 0 and finite (0 measures the KL all the same)",
+        ),
+        "learning_rate": (0 <= args.learning_rate < math.inf, "must be at least 0 and finite"),
     }
     if isinstance(args, RLOOConfig):
         refused["normalize_advantages"] = (

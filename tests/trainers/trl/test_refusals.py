@@ -22,7 +22,10 @@ from tests.trainers.trl.cases import both_trainers
         ("mask_truncated_completions", True),
         ("sync_ref_model", True),
         ("temperature", 0.0),
+        ("temperature", float("inf")),
         ("beta", -0.1),
+        ("beta", float("inf")),
+        ("learning_rate", float("nan")),
     ],
 )
 def test_settings_that_change_the_gradient_are_refused(
