@@ -67,6 +67,10 @@ class TopKEstimator(Estimator):
 
     k_t itself may be negative: a head alone is no divergence.
 
+    Reference:
+        EMA Policy Gradient: Taming Reinforcement Learning for LLMs with EMA Anchor and Top-k KL
+        (Zhang and Ba, 2026), https://arxiv.org/abs/2602.04417
+
     Raises:
         ValueError: `k` is below 1.
 
