@@ -101,6 +101,8 @@ class SentimentReward:
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Scores of prompt + response, float32 on the CPU. [B]"""
+        if isinstance(prompts, str) or isinstance(responses, str):
+            raise ValueError("a prompt or response is one text: give a list of each, [prompt]")
         if len(prompts) != len(responses):
             raise ValueError(
                 f"{len(prompts)} prompts but {len(responses)} responses; give one prompt each"
@@ -111,6 +113,8 @@ class SentimentReward:
 
     def probability_positive(self, texts: Sequence[str]) -> Tensor:
         """p(positive | text) in [0, 1], float32 on the CPU, without clamp. [B]"""
+        if isinstance(texts, str):
+            raise ValueError("texts is one text: give a list of them, [text]")
         _check_labels_exclude_each_other(self.model, self.model.config.name_or_path)
         return torch.sigmoid(self._log_odds(self._logits(texts)))
 

@@ -12,11 +12,15 @@ import json
 import math
 import os
 import shutil
+import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+with redirect_stdout(sys.stderr):  # where it says that WANDB_MODE is offline
+    import transformers.integrations.integration_utils  # noqa: F401
 
 import torch
 from datasets import Dataset
@@ -26,8 +30,8 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import ModelConfig, get_peft_config
 
-from rlkl.cli.errors import refusing_bad_input
-from rlkl.cli.json_output import write_json
+from rlkl.cli.errors import check_writable, refusing_bad_input
+from rlkl.cli.json_output import console_beside, write_json
 from rlkl.cli.quiet import quiet_libraries
 from rlkl.cli.settings import SettingsParser, set_threads, weights_dtype
 from rlkl.data import load_pairs
@@ -77,6 +81,13 @@ class DistillArguments:
     threads: int | None = field(
         default=None, metadata={"help": "CPU threads; None: torch's choice."}
     )
+    json: str | None = field(
+        default=None,
+        metadata={
+            "help": "Write the numbers of summary.json here too; '-' is standard output, and "
+            "everything else then goes to standard error."
+        },
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.eval_data, str):  # eval_data: FILE in a YAML file
@@ -85,13 +96,24 @@ class DistillArguments:
 
 def run() -> None:
     """Reads ``sys.argv``, trains, evaluates, prints and writes ``summary.json``."""
-    console = Console()
     with refusing_bad_input():
         parser = SettingsParser(
             (DistillArguments, DistillConfig, ModelConfig),
             description=__doc__,
         )
         task, args, model_args = parser.parse()
+        check_writable(task.json, None)
+    with console_beside(task.json) as console:
+        summary = _run(task, args, model_args, console)
+    if task.json is not None and summary is not None:
+        write_json(summary, task.json)
+
+
+def _run(
+    task: DistillArguments, args: DistillConfig, model_args: ModelConfig, console: Console
+) -> dict[str, dict[str, float]] | None:
+    """All but the parsing; the numbers of summary.json, of the first process."""
+    with refusing_bad_input():
         quiet_libraries()
         set_threads(task.threads)
         first = args.process_index == 0  # of torchrun's: it prints and writes
@@ -99,6 +121,7 @@ def run() -> None:
         trainer, tokenizer, held_out, judge = _prepare(task, args, model_args, console)
         output_dir = Path(str(args.output_dir))
         settings = {**asdict(task), **model_args.__dict__, **args.to_dict()}
+        del settings["json"]  # of this command, not of the run
         settings["processes"] = args.world_size
         checkpoint = of_first(_unfinished(output_dir, settings, console) if first else None)
     with trainer.tracked(resume=checkpoint is not None):
@@ -110,7 +133,7 @@ def run() -> None:
             )
             raise SystemExit(130)
         if not first:
-            return
+            return None
         trainer.save_model(str(output_dir / "student"))
         tokenizer.save_pretrained(output_dir / "student")
         summary = {}
@@ -127,6 +150,7 @@ def run() -> None:
         f"Written to {output_dir}: student/ (for from_pretrained), metrics.jsonl, summary.json, "
         "samples_*.jsonl"
     )
+    return summary
 
 
 def _prepare(

@@ -3,8 +3,12 @@
 import json
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 
 def write_json(record: Any, target: str) -> None:
@@ -20,6 +24,19 @@ def write_json(record: Any, target: str) -> None:
         print(text, file=sys.stdout)
     else:
         Path(target).write_text(text + "\n")
+
+
+@contextmanager
+def console_beside(target: str | None) -> Iterator[Console]:
+    """The console of a command's work; where the JSON goes to standard output, that is left to it.
+
+    What libraries print goes to standard error then, too.
+    """
+    if target != "-":
+        yield Console()
+        return
+    with redirect_stdout(sys.stderr):
+        yield Console(stderr=True)
 
 
 def _finite(value: Any) -> Any:

@@ -74,6 +74,9 @@ def kl_surrogate(
     Returns:
         `[B]`.
 
+    Raises:
+        ValueError: the placement is unknown, or the shapes differ.
+
     Example:
         >>> token_logp = torch.tensor([[-1.0, -2.0]], requires_grad=True)
         >>> k, mask = torch.tensor([[0.3, 0.2]]), torch.tensor([[True, True]])
@@ -82,6 +85,11 @@ def kl_surrogate(
         tensor([[0.5000, 0.2000]])
     """
     placement = KLPlacement(placement)
+    if not (k.ndim == 2 and k.shape == token_logp.shape == mask.shape):
+        raise ValueError(  # [B, T, 1], as gather leaves it, would be broadcast
+            f"k, token_logp and mask have shapes {tuple(k.shape)}, {tuple(token_logp.shape)} and "
+            f"{tuple(mask.shape)}; each must be [B, T]"
+        )
     surrogate = k.new_zeros(len(k))
     if placement is not KLPlacement.LOSS:
         future = future_kl(k, mask, own_token)

@@ -6,7 +6,7 @@ or with none.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,6 +65,9 @@ class ModelPair:
     tokenizer: PreTrainedTokenizerBase
     notes: tuple[str, ...] = ()
     """What a reader of the numbers has to know about the models, one sentence each."""
+    vocab_size: int | None = None
+    """Tokens of both distributions, where one head has more rows than the other; None: all rows.
+    The rows beyond are padding: no text has such a token, and none is sampled."""
 
     @classmethod
     def of(
@@ -73,11 +76,38 @@ class ModelPair:
         """The pair of two modules in memory; `ref_model` None is the policy with its adapter off.
 
         Raises:
-            ValueError: see `check_reference`.
+            ValueError: see `check_reference`; a head that lacks a row for some token.
         """
         check_reference(policy, ref_model)
         ref = Side(policy) if ref_model is None else Side(ref_model, _active_adapter(ref_model))
-        return cls(Side(policy, _active_adapter(policy)), ref, tokenizer)
+        return cls._of_sides(Side(policy, _active_adapter(policy)), ref, tokenizer)
+
+    @classmethod
+    def _of_sides(
+        cls, policy: Side, ref: Side, tokenizer: PreTrainedTokenizerBase, notes: Sequence[str] = ()
+    ) -> "ModelPair":
+        """The pair, with the vocabulary that its heads share.
+
+        Raises:
+            ValueError: one of the heads lacks a row for some token.
+        """
+        rows = []
+        for side in (policy, ref):
+            with side.active() as model:
+                rows.append(vocabulary_of(output_head(model)))
+        real = max(tokenizer.get_vocab().values()) + 1
+        if min(rows) < real:
+            raise ValueError(
+                f"a head has {min(rows)} rows for the {real} tokens of the tokenizer: the "
+                "vocabularies differ by more than padding, and a KL needs one vocabulary"
+            )
+        if rows[0] == rows[1]:
+            return cls(policy, ref, tokenizer, tuple(notes))
+        note = (
+            f"The heads have {rows[0]} and {rows[1]} rows for {real} tokens: the rows beyond are "
+            "padding and are left out of sampling and of both distributions."
+        )
+        return cls(policy, ref, tokenizer, (note, *notes), vocab_size=real)
 
     def swapped(self) -> "ModelPair":
         """The other direction: the reference as policy."""
@@ -181,8 +211,7 @@ def load_pair(
         source.memory: load_causal_lm(source.base, dtype=dtype, device=device).eval()
         for source in sources
     }
-    notes = _cut_padding(list(bases.values()), tokenizer)
-    notes += _filter_notes({s.name: bases[s.memory] for s in sources})
+    notes = _filter_notes({s.name: bases[s.memory] for s in sources})
     adapted: dict[tuple[str, str | None], PeftModel] = {}
     names: dict[str, str] = {}
     for source, label in zip(sources, ("policy", "ref"), strict=True):
@@ -202,11 +231,10 @@ def load_pair(
         model = adapted.get(source.memory, bases[source.memory]).eval()
         adapter = None if source.adapter is None else names[source.adapter]
         sides.append(Side(model, adapter))
-    pair = ModelPair(sides[0], sides[1], tokenizer, tuple(notes))
     for source, side in zip(sources, sides, strict=True):
         with side.active() as model:
             check_causal_lm(model, source.name)
-    return pair
+    return ModelPair._of_sides(sides[0], sides[1], tokenizer, notes)
 
 
 def _check_architecture(source: _Source) -> None:
@@ -230,29 +258,6 @@ def _check_architecture(source: _Source) -> None:
             f"{source.name} is no causal language model: its config.json says "
             f"{', '.join(architectures) or config.model_type}"
         )
-
-
-def _cut_padding(models: list[PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Cuts heads of different size down to the tokenizer's tokens; says what was cut.
-
-    Raises:
-        ValueError: one of the heads lacks a row for some token.
-    """
-    rows = [vocabulary_of(output_head(model)) for model in models]
-    real = max(tokenizer.get_vocab().values()) + 1
-    if min(rows) < real:
-        raise ValueError(
-            f"a head has {min(rows)} rows for the {real} tokens of the tokenizer: the vocabularies "
-            "differ by more than padding, and a KL needs one vocabulary"
-        )
-    if len(set(rows)) == 1:
-        return []
-    for model in models:
-        model.resize_token_embeddings(real)
-    return [
-        f"The heads have {rows[0]} and {rows[1]} rows for {real} tokens: the rows beyond are "
-        "padding and are left out of sampling and of both distributions."
-    ]
 
 
 _FILTERS = {

@@ -34,8 +34,11 @@ def encode_prompts(
     A prompt longer than `max_length` tokens loses its beginning, as a context window would.
 
     Raises:
-        ValueError: there are no prompts, or one of them is empty or no text.
+        ValueError: there are no prompts, or one of them is empty or no text; or `prompts` is one
+            text, which would be read letter by letter.
     """
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts is one text, {prompts!r:.60}: give a list of them")
     if not prompts:
         raise ValueError("no prompts were given")
     rows = []

@@ -59,7 +59,7 @@ def test_imports_only_go_down_the_list(path):
     if package is None:
         assert not rooms(imports_of(path)), "importing rlkl imports no package"
         return
-    assert package in ORDER, f"{package} is not a package of the list in DESIGN.md"
+    assert package in ORDER, f"{package} is not a room of ARCHITECTURE.md: add it to ORDER too"
     above = ORDER[ORDER.index(package) + 1 :]
     assert not rooms(imports_of(path)) & set(above)
 

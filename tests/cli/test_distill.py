@@ -105,6 +105,16 @@ def test_the_instruction_recipe_runs_from_prompts_to_rouge(source, folders, monk
     assert (folders / "out" / "student" / "model.safetensors").is_file()
 
 
+def test_json_is_all_that_standard_output_gets(folders, monkeypatch, capsys):
+    assert run(monkeypatch, folders, max_steps=1, json="-") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == json.loads((folders / "out" / "summary.json").read_text())
+    assert "ROUGE-L" in err
+    assert "json" not in json.loads((folders / "out" / "settings.json").read_text())
+    assert run(monkeypatch, folders, json="/no/such/file.json") == 2
+    assert "cannot write '/no/such/file.json'" in capsys.readouterr().err
+
+
 def test_errors_of_a_single_reference_are_null(folders, monkeypatch):
     assert run(monkeypatch, folders) == 0
     summary = json.loads((folders / "out" / "summary.json").read_text())

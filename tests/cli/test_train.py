@@ -106,6 +106,24 @@ def test_weights_below_an_adapter_may_be_bfloat16_and_a_base_may_recompute(
 
 
 @every_command
+def test_json_is_all_that_standard_output_gets(command, folders, monkeypatch, capsys):
+    assert run(monkeypatch, command, folders, max_steps=1, json="-") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == json.loads((folders / "run" / "summary.json").read_text())
+    assert "Held-out prompts" in err
+    assert run(monkeypatch, command, folders, max_steps=1, json=folders / "again.json") == 0
+    assert json.loads((folders / "again.json").read_text()).keys() == json.loads(out).keys()
+    assert "json" not in json.loads((folders / "run" / "settings.json").read_text())
+
+
+def test_the_completions_that_grpo_logs_are_kept_and_replaced_with_its_run(folders, monkeypatch):
+    completions = folders / "run" / "completions"
+    for steps in (2, 1):
+        assert run(monkeypatch, "grpo", folders, max_steps=steps, log_completions=True) == 0
+        assert len(list(completions.glob("*.parquet"))) == steps
+
+
+@every_command
 def test_the_help_has_an_example_and_the_settings_with_their_defaults(command, monkeypatch, capsys):
     assert called(monkeypatch, command, "--help") == 0
     out = capsys.readouterr().out
@@ -131,6 +149,7 @@ def test_all_three_are_listed(command, monkeypatch, capsys):
         ({"prompts": "none.txt"}, "none.txt"),
         ({"model_name_or_path": "/no/such"}, "no such model folder: /no/such"),
         ({"best_of_n": 1}, "best_of_n is 1; give at least 2"),
+        ({"json": "/no/such/file.json"}, "cannot write '/no/such/file.json'"),
         ({"eval_prompts": "{folder}/long.txt"}, "the held-out prompts, 0 to 1: prompt and resp"),
         ({"prompts": "{folder}/long.txt"}, "prompts"),
     ],

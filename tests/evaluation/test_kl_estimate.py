@@ -1,5 +1,6 @@
 """The KL between two tiny models against enumeration, and what it must not depend on."""
 
+import copy
 import math
 import pickle
 from itertools import product
@@ -99,6 +100,28 @@ def test_per_token_times_mean_length_is_per_response(policy, ref, colours):
     for e in report.estimators.values():
         whole = e.nats_per_token * report.tokens / report.n
         assert whole == pytest.approx(e.nats_per_response, abs=1e-12)
+
+
+@pytest.mark.parametrize("padded", ["policy", "ref_model"])
+def test_rows_beyond_the_tokenizer_count_for_neither_model(padded, policy, ref, colours):
+    models = {"policy": policy, "ref_model": ref}
+    settings = {"num_samples": 32, "max_new_tokens": T}
+    plain = estimate_kl(**models, tokenizer=colours, prompts=PROMPTS, **settings)
+    wide = copy.deepcopy(models[padded])
+    wide.resize_token_embeddings(9, mean_resizing=False)
+    with torch.no_grad():
+        wide.get_input_embeddings().weight[4:] = 2.0
+    report = estimate_kl(**models | {padded: wide}, tokenizer=colours, prompts=PROMPTS, **settings)
+    for name, e in report.estimators.items():
+        expected = plain.estimators[name].nats_per_response
+        assert e.nats_per_response == pytest.approx(expected, rel=1e-4), name
+    assert "rows beyond are padding" in report.notes[0]
+    assert len(wide.get_output_embeddings().weight) == 9  # the caller's model is as it was
+
+
+def test_a_head_without_a_row_for_every_token_is_refused(ref, make_lm, colours):
+    with pytest.raises(ValueError, match="a head has 3 rows for the 4 tokens"):
+        estimate_kl(make_lm(vocab_size=3), ref, colours, PROMPTS)
 
 
 def test_a_model_has_kl_exactly_zero_from_itself(policy, colours):
@@ -303,6 +326,7 @@ def test_contexts_are_the_prefixes_with_the_largest_kl(policy, ref, colours, enu
         ({"headline": "k9"}, "headline='k9': use one of k1"),
         ({"max_new_tokens": 100}, "the models take 64 and one"),
         ({"prompts": []}, "no prompts"),
+        ({"prompts": "red"}, "prompts is one text, 'red': give a list"),
         ({"prompts": ["red", ""]}, "prompt 1 is empty"),
         ({"prompts": ["red", None]}, "prompt 1 is no text but None"),
         ({"estimand": "everything"}, "everything"),

@@ -385,3 +385,57 @@ def test_estimators_are_found_by_their_name_and_cannot_be_changed(name):
     assert estimator.name == name
     with pytest.raises(AttributeError):
         estimator.name = "other"
+
+
+# --- what does not fit ----------------------------------------------------------------------------
+
+
+@every_estimator
+@pytest.mark.parametrize("rows", [VOCAB_SIZE - 1, VOCAB_SIZE + 1])
+def test_vocabularies_of_different_size_are_refused_by_name(estimator, rows, pair):
+    policy = pair.policy
+    ref_logp = torch.randn(*policy.tokens.shape, rows).log_softmax(-1)
+    tokens = torch.zeros_like(policy.tokens)
+    with pytest.raises(ValueError, match=f"policy_logp has a vocabulary of {VOCAB_SIZE} and ref_l"):
+        estimator(policy.policy_logp(), ref_logp, tokens, policy.mask)
+
+
+@every_estimator
+def test_shapes_that_would_be_broadcast_are_refused(estimator, pair):
+    policy, ref = pair
+    logps = policy.policy_logp(), ref.policy_logp()
+    for tokens, mask in (
+        (policy.tokens[:1], policy.mask),
+        (policy.tokens[..., None], policy.mask),
+        (policy.tokens, policy.mask[:, :1]),
+    ):
+        with pytest.raises(ValueError, match=r"pass \[B, T, V\], \[B, T, V\], \[B, T\] and"):
+            estimator(*logps, tokens, mask)
+
+
+@every_estimator
+def test_a_mask_of_numbers_is_refused_since_tokens_in_its_place_would_pass_for_one(estimator, pair):
+    policy, ref = pair
+    with pytest.raises(ValueError, match=r"mask is torch.int64; pass a bool one"):
+        estimator(policy.policy_logp(), ref.policy_logp(), policy.mask, policy.tokens)
+
+
+@every_estimator
+def test_log_probs_of_16_bits_are_measured_in_float32(estimator, pair):
+    policy, ref = pair
+    logps = [lm.policy_logp().bfloat16() for lm in (policy, ref)]
+    k = estimator(*logps, policy.tokens, policy.mask)
+    assert k.dtype == torch.float32
+    whole = estimator(*(x.double() for x in logps), policy.tokens, policy.mask)
+    torch.testing.assert_close(k.double(), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_topk_of_the_whole_vocabulary_keeps_the_digits_of_a_small_kl():
+    logits = 3 * torch.randn(4, 3, 40, generator=torch.Generator().manual_seed(0))
+    moved = logits + 1.5e-3 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+    tokens, mask = torch.zeros(4, 3, dtype=torch.long), torch.ones(4, 3, dtype=torch.bool)
+    topk = get_estimator("topk")
+    exact = topk(logits.log_softmax(-1), moved.log_softmax(-1), tokens, mask)
+    assert exact.mean() < 2e-6
+    float32 = topk(logits.float().log_softmax(-1), moved.float().log_softmax(-1), tokens, mask)
+    torch.testing.assert_close(float32.double(), exact, rtol=1e-3, atol=0)

@@ -139,3 +139,10 @@ def test_order_of_the_batch_does_not_matter():
 def test_unknown_placement_is_refused_with_the_known_names():
     with pytest.raises(ValueError, match="'rewards' is unknown; use 'reward', 'loss' or 'both'"):
         kl_surrogate(K, -K, MASK, "rewards")
+
+
+def test_shapes_that_would_be_broadcast_are_refused():
+    k, mask = torch.rand(3, 3), torch.ones(3, 3, dtype=torch.bool)
+    gathered = torch.rand(3, 3, 1)
+    with pytest.raises(ValueError, match=r"shapes \(3, 3\), \(3, 3, 1\) and \(3, 3\); each must"):
+        kl_surrogate(k, gathered, mask, "both")

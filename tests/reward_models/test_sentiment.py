@@ -216,6 +216,15 @@ def test_bad_arguments_are_named(reversed_labels):
         SentimentReward(reversed_labels)(["a", "b"], ["c"])
 
 
+def test_one_text_is_not_read_letter_by_letter(reversed_labels):
+    reward = SentimentReward(reversed_labels)
+    for prompts, responses in (("a", "b"), (["a"], "b"), ("a", ["b"])):
+        with pytest.raises(ValueError, match="is one text: give a list"):
+            reward(prompts, responses)
+    with pytest.raises(ValueError, match="texts is one text: give a list"):
+        reward.probability_positive("good")
+
+
 def test_text_beyond_max_length_is_not_read(reversed_labels):
     reward = SentimentReward(reversed_labels, max_length=3)
     scores = reward(["a good"] * 2, [" film", " bad bad bad"])

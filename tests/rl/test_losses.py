@@ -42,7 +42,7 @@ def test_nothing_pulls_once_the_ratio_has_gone_where_the_advantage_wants_it(rati
     assert gradient == 0
 
 
-@pytest.mark.parametrize(("ratio", "advantage"), [(1.3, -1.0), (0.7, 1.0), (1.1, 1.0), (0.9, -2)])
+@pytest.mark.parametrize(("ratio", "advantage"), [(1.3, -1.0), (0.7, 1.0), (1.1, 1.0), (0.9, -2.0)])
 def test_the_gradient_stays_where_the_ratio_is_inside_or_went_the_wrong_way(ratio, advantage):
     loss, gradient = policy_gradient(math.log(ratio), advantage)
     assert loss == pytest.approx(-ratio * advantage)

@@ -7,5 +7,9 @@ the files), `results` (its numbers), `tables` and `plot` (as they are shown). ``
 """
 
 import os
+import sys
+from contextlib import redirect_stdout
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before the hub's library is imported
+with redirect_stdout(sys.stderr):  # where it says that WANDB_MODE is offline
+    import transformers.integrations.integration_utils  # noqa: F401

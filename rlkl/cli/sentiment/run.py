@@ -14,7 +14,8 @@ from transformers import PrinterCallback
 from trl import ModelConfig, get_peft_config
 
 from reward_models import EMBEDDED_JUDGE, SentimentReward
-from rlkl.cli.errors import refusing_bad_input
+from rlkl.cli.errors import check_writable, refusing_bad_input
+from rlkl.cli.json_output import console_beside, write_json
 from rlkl.cli.quiet import quiet_libraries
 from rlkl.cli.sentiment.algorithms import Algorithm
 from rlkl.cli.sentiment.held_out import HeldOut
@@ -48,12 +49,27 @@ def run(algorithm: Algorithm, description: str | None, default_config: str) -> N
     Raises:
         SystemExit: 2 for bad input, 130 where training was stopped; the same command then goes on.
     """
-    console = Console()
-    begin = time.perf_counter()
     with refusing_bad_input():
         parser = SettingsParser(algorithm.settings, description=description)
         task, args, model_args = parser.parse(default_config)
         task.check()
+        check_writable(task.json, None)
+    with console_beside(task.json) as console:
+        summary = _run(algorithm, task, args, model_args, console)
+    if task.json is not None and summary is not None:
+        write_json(summary, task.json)
+
+
+def _run(
+    algorithm: Algorithm,
+    task: SentimentArguments,
+    args: Any,
+    model_args: ModelConfig,
+    console: Console,
+) -> dict[str, Any] | None:
+    """All but the parsing; the numbers of summary.json, of the first process."""
+    begin = time.perf_counter()
+    with refusing_bad_input():
         quiet_libraries()
         set_threads(task.threads)
         first = args.process_index == 0  # of torchrun's: it prints and writes
@@ -61,6 +77,7 @@ def run(algorithm: Algorithm, description: str | None, default_config: str) -> N
         trainer, held_out = _prepare(algorithm, task, args, model_args, console)
         output_dir = Path(str(args.output_dir))
         settings = {**asdict(task), **model_args.__dict__, **args.to_dict()}
+        del settings["json"]  # of this command, not of the run
         settings["processes"] = args.world_size
         checkpoint = of_first(
             checkpoint_to_resume(output_dir, settings, console) if first else None
@@ -93,7 +110,7 @@ def run(algorithm: Algorithm, description: str | None, default_config: str) -> N
             )
             raise SystemExit(130)
         if not first:
-            return
+            return None
         after = evaluate("after training")
         steps = read_metrics(output_dir)
         summary = summarise_run(before, after, yardstick, args.seed, steps)
@@ -116,6 +133,7 @@ def run(algorithm: Algorithm, description: str | None, default_config: str) -> N
         f"\nWritten to [bold]{output_dir}[/bold]: {', '.join(written)}, policy/ (for "
         "from_pretrained)" + (", wandb/" if (output_dir / "wandb").is_dir() else "")
     )
+    return summary
 
 
 def _prepare(
@@ -196,13 +214,19 @@ def checkpoint_to_resume(
         check_settings(file, kept, "an unfinished run")
         console.print(f"going on from {checkpoint}")
         return checkpoint
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not file.is_file():
+    completions = output_dir / "completions"  # TRL's GRPO makes it with the trainer, if it logs any
+    logs_completions = completions.is_dir()
+    found = list(output_dir.iterdir()) if output_dir.is_dir() else []
+    made_now = found == [completions] and logs_completions and not any(completions.iterdir())
+    if found and not made_now and not file.is_file():
         raise ValueError(f"{output_dir} holds files of something else; choose another --output_dir")
     if output_dir.is_dir():
         if (output_dir / "summary.json").is_file():
             console.print(f"[dim]replacing the finished run in {output_dir}[/dim]")
         shutil.rmtree(output_dir)
     output_dir.mkdir(parents=True)
+    if logs_completions:
+        completions.mkdir()
     file.write_text(json.dumps(kept, indent=2, default=str) + "\n")
     return None
 

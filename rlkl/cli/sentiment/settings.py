@@ -50,6 +50,13 @@ class SentimentArguments:
     keep_checkpoints: bool = field(
         default=False, metadata={"help": "Leave the checkpoints of a finished run (for a sweep)."}
     )
+    json: str | None = field(
+        default=None,
+        metadata={
+            "help": "Write the numbers of summary.json here too; '-' is standard output, and "
+            "everything else then goes to standard error."
+        },
+    )
 
     def check(self) -> None:
         """Refuses what nothing can be measured on: one prompt has no spread, one draw no best.

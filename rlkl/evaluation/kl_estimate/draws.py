@@ -133,5 +133,6 @@ class SampledResponses:
                     generator=generator_of(device, self.seed, drawn),
                     batch_size=self.batch_size,
                     max_prompt_length=self.max_prompt_length,
+                    vocab_size=self.pair.vocab_size,
                 )
             yield Draws(responses, torch.tensor(numbers), torch.tensor(repetitions))

@@ -170,6 +170,7 @@ def measure(
         heads[1],
         tokens,
         temperature=temperature,
+        vocab_size=pair.vocab_size,
         chunk_size=max(1, _CHUNK_ELEMENTS // len(pair.tokenizer)),
         on_logits=read,
     )

@@ -32,8 +32,13 @@ References:
     k1, k2, k3: Approximating KL Divergence (Schulman, 2020), http://joschu.net/blog/kl-approx.html
     rb: Better Estimation of the KL Divergence Between Language Models (Amini, Vieira and Cotterell,
         2025), https://arxiv.org/abs/2504.10637
+    topk: EMA Policy Gradient: Taming Reinforcement Learning for LLMs with EMA Anchor and Top-k KL
+        (Zhang and Ba, 2026), https://arxiv.org/abs/2602.04417
     gradients: On a few pitfalls in KL divergence gradient estimation for RL (Tang and Munos, 2025),
         https://arxiv.org/abs/2506.09477
+    k2 as loss: Rethinking KL Regularization in RLHF: From Value Estimation to Gradient Optimization
+        (Liu, Liu, Chen and Liu, 2025), https://arxiv.org/abs/2510.01555: the gradient of k1 in the
+        reward, which holds of one step; of a sequence k2 leaves later prefixes out
 """
 
 from rlkl.kl.estimators.base import Claims, Estimator

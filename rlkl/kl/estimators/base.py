@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -47,11 +48,10 @@ class Estimator(ABC):
     name: str
     claims: Claims
 
-    @abstractmethod
     def __call__(
         self,
         policy_logp: Float[Tensor, "B T V"],
-        ref_logp: Float[Tensor, "B T V"],
+        ref_logp: Float[Tensor, "B T V_ref"],
         tokens: Int[Tensor, "B T"],
         mask: Bool[Tensor, "B T"],
     ) -> Float[Tensor, "B T"]:
@@ -64,6 +64,49 @@ class Estimator(ABC):
             mask: True = response token. Padding may hold anything, nan and invalid ids included.
 
         Returns:
-            `[B, T]` nats, 0 where masked; differentiable in policy_logp. u_t counts as 0 at a token
-            that the policy gives no probability, and so cannot have sampled (0 · log 0 = 0).
+            `[B, T]` nats, at least float32, 0 where masked; differentiable in policy_logp. u_t
+            counts as 0 at a token that the policy gives no probability, and so cannot have sampled
+            (0 · log 0 = 0).
+
+        Raises:
+            ValueError: the vocabularies differ in size, the shapes do not fit, or `mask` is not
+                bool.
         """
+        _check(policy_logp, ref_logp, tokens, mask)
+        return self.per_token(
+            _at_least_float32(policy_logp), _at_least_float32(ref_logp), tokens, mask
+        )
+
+    @abstractmethod
+    def per_token(
+        self,
+        policy_logp: Float[Tensor, "B T V"],
+        ref_logp: Float[Tensor, "B T V"],
+        tokens: Int[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        """`__call__` of arguments that fit each other, in float32 or float64."""
+
+
+def _check(policy_logp: Tensor, ref_logp: Tensor, tokens: Tensor, mask: Tensor) -> None:
+    vocab_size, ref_vocab_size = policy_logp.shape[-1], ref_logp.shape[-1]
+    if vocab_size != ref_vocab_size:
+        raise ValueError(
+            f"policy_logp has a vocabulary of {vocab_size} and ref_logp of {ref_vocab_size}: if "
+            "one is only padded, cut the logits of both to the tokenizer's size before log_softmax"
+        )
+    shapes = [tuple(x.shape) for x in (policy_logp, ref_logp, tokens, mask)]
+    if not (
+        len(shapes[0]) == 3 and shapes[0] == shapes[1] and shapes[0][:2] == shapes[2] == shapes[3]
+    ):
+        raise ValueError(
+            "policy_logp, ref_logp, tokens and mask have shapes "
+            f"{', '.join(map(str, shapes))}; pass [B, T, V], [B, T, V], [B, T] and [B, T]"
+        )
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask is {mask.dtype}; pass a bool one, True = real token: mask.bool()")
+
+
+def _at_least_float32(logp: Tensor) -> Tensor:
+    """Sums of 16-bit log-probabilities are those of their values, not rounded again."""
+    return logp.to(torch.promote_types(logp.dtype, torch.float32))

@@ -35,14 +35,14 @@ class RaoBlackwellEstimator(Estimator):
         tensor([[0.1438]])
     """
 
-    def __call__(
+    def per_token(
         self,
         policy_logp: Float[Tensor, "B T V"],
         ref_logp: Float[Tensor, "B T V"],
         tokens: Int[Tensor, "B T"],
         mask: Bool[Tensor, "B T"],
     ) -> Float[Tensor, "B T"]:
-        """D_t, whatever token was sampled, `[B, T]` nats, 0 where masked; see `Estimator`."""
+        """D_t, whatever token was sampled."""
         return self.from_distributions(*_fill_masked(policy_logp, ref_logp, mask))
 
     def from_distributions(
@@ -67,6 +67,10 @@ class TopKEstimator(Estimator):
 
     k_t itself may be negative: a head alone is no divergence.
 
+    Reference:
+        EMA Policy Gradient: Taming Reinforcement Learning for LLMs with EMA Anchor and Top-k KL
+        (Zhang and Ba, 2026), https://arxiv.org/abs/2602.04417
+
     Raises:
         ValueError: `k` is below 1.
 
@@ -87,15 +91,17 @@ class TopKEstimator(Estimator):
     def __post_init__(self) -> None:
         _check_k(self.k)
 
-    def __call__(
+    def per_token(
         self,
         policy_logp: Float[Tensor, "B T V"],
         ref_logp: Float[Tensor, "B T V"],
         tokens: Int[Tensor, "B T"],
         mask: Bool[Tensor, "B T"],
     ) -> Float[Tensor, "B T"]:
-        """Exact head plus sampled tail, `[B, T]` nats, 0 where masked; see `Estimator`."""
+        """Exact head plus sampled tail."""
         policy_logp, ref_logp = _fill_masked(policy_logp, ref_logp, mask)
+        if self.k >= policy_logp.shape[-1]:
+            return reverse_kl(policy_logp, ref_logp)  # the same, with all digits of a small KL
         head = _top_k(policy_logp, self.k)  # [B, T, k]
         head_logp, head_ref = policy_logp.gather(-1, head), ref_logp.gather(-1, head)
         p = head_logp.exp()
@@ -143,14 +149,14 @@ class TopKBucketEstimator(Estimator):
     def __post_init__(self) -> None:
         _check_k(self.k)
 
-    def __call__(
+    def per_token(
         self,
         policy_logp: Float[Tensor, "B T V"],
         ref_logp: Float[Tensor, "B T V"],
         tokens: Int[Tensor, "B T"],
         mask: Bool[Tensor, "B T"],
     ) -> Float[Tensor, "B T"]:
-        """KL of head and bucket, whatever token was sampled, `[B, T]`; see `Estimator`."""
+        """KL of head and bucket, whatever token was sampled."""
         policy_logp, ref_logp = _fill_masked(policy_logp, ref_logp, mask)
         if self.k >= policy_logp.shape[-1]:
             return reverse_kl(policy_logp, ref_logp)

@@ -24,14 +24,14 @@ class SampledEstimator(Estimator):
 
     formula: Callable[[Tensor], Tensor]
 
-    def __call__(
+    def per_token(
         self,
         policy_logp: Float[Tensor, "B T V"],
         ref_logp: Float[Tensor, "B T V"],
         tokens: Int[Tensor, "B T"],
         mask: Bool[Tensor, "B T"],
     ) -> Float[Tensor, "B T"]:
-        """f(u_t) of the sampled tokens, `[B, T]` nats, 0 where masked; see `Estimator`."""
+        """f(u_t) of the sampled tokens."""
         index = torch.where(mask, tokens, 0).long().unsqueeze(-1)
         policy_token_logp = policy_logp.gather(-1, index).squeeze(-1)  # [B, T]
         ref_token_logp = ref_logp.gather(-1, index).squeeze(-1)  # [B, T]
