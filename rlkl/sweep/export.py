@@ -67,15 +67,16 @@ def point_rows(analysis: Analysis) -> list[dict[str, Any]]:
 def frontier_json(analysis: Analysis) -> dict[str, Any]:
     """The record of ``rlkl sweep frontier --json``.
 
-    ``points``, ``share_on_front`` and ``hypervolume`` (each {value, ci95}),
-    ``hypervolume_difference``, ``reference_point`` [KL, reward], ``optimal`` [[KL, reward,
-    trusted], …], ``best_of_n`` [[n, KL bound, reward], …], ``comparisons`` at equal KL,
-    ``over_optimisation``, under ``judge`` the same by the judge's score, ``failed`` with notes,
-    ``missing`` [{label, seed}, …]: cells without a measurement, and ``measured``: how (one mapping
-    where all cells were measured alike). An arm that lacks a run of one of its configurations has
-    no hypervolume.
+    ``points``, ``share_on_front`` by arm, ``share_on_front_ci95``, ``hypervolume`` (each {value,
+    ci95}), ``hypervolume_difference``, ``reference_point`` [KL, reward], ``optimal`` [[KL, reward],
+    …], ``optimal_trusted`` (whether the samples carry each of these), ``best_of_n`` [[n, KL bound,
+    reward], …], ``comparisons`` at equal KL, ``over_optimisation``, under ``judge`` the same by the
+    judge's score, ``failed`` with notes, ``missing`` [{label, seed}, …]: cells without a
+    measurement, and ``measured``: how (one mapping where all cells were measured alike). An arm
+    that lacks a run of one of its configurations has no hypervolume.
     """
-    record = {"name": analysis.result.name, "points": point_rows(analysis)}
+    points = [{"kl_nats": row.pop("kl"), **row} for row in point_rows(analysis)]
+    record = {"name": analysis.result.name, "points": points}
     record |= _measure(analysis, analysis.reward)
     if analysis.judge is not None:
         record["judge"] = _measure(analysis, analysis.judge)
@@ -92,7 +93,10 @@ def frontier_json(analysis: Analysis) -> dict[str, Any]:
 def _measure(analysis: Analysis, front: Frontier) -> dict[str, Any]:
     result = analysis.result
     return {
-        "share_on_front": {arm: e.as_json() for arm, e in front.share_on_front.items()},
+        "share_on_front": {arm: e.value for arm, e in front.share_on_front.items()},
+        "share_on_front_ci95": {
+            arm: e.as_json()["ci95"] for arm, e in front.share_on_front.items()
+        },
         "hypervolume": {arm: e.as_json() for arm, e in front.hypervolume.items()},
         "hypervolume_difference": {
             f"{a} - {b}": e.as_json() for (a, b), e in front.hypervolume_difference.items()
@@ -100,9 +104,8 @@ def _measure(analysis: Analysis, front: Frontier) -> dict[str, Any]:
         "reference_point": list(front.reference_point),
         "attainment": {arm: [list(c) for c in s] for arm, s in front.surfaces.items()},
         "comparisons": [_comparison(c) for c in front.comparisons],
-        "optimal": [
-            [p["kl"], score(p, front.measure)[0], p["trusted"]] for p in result.curve("optimal")
-        ],
+        "optimal": [[p["kl"], score(p, front.measure)[0]] for p in result.curve("optimal")],
+        "optimal_trusted": [p["trusted"] for p in result.curve("optimal")],
         "best_of_n": [
             [p["n"], p["kl_bound"], score(p, front.measure)[0]] for p in result.curve("best_of_n")
         ],

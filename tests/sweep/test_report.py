@@ -343,12 +343,15 @@ def test_configurations_that_a_search_has_yet_to_choose_are_missing(make_result)
 
 def test_the_json_has_the_documented_keys(make_result):
     record = frontier_json(analyse(make_result(), resamples=20))
-    point = {"run_id", "estimator", "kl_coef", "seed", "kl", "kl_se", "reward", "reward_se"}
+    point = {"run_id", "estimator", "kl_coef", "seed", "kl_nats", "kl_se", "reward", "reward_se"}
     assert point | {"on_front", "efficiency"} <= record["points"][0].keys()
-    assert set(record["share_on_front"]) == {"k1", "rb"}
+    assert "kl" not in record["points"][0]
+    assert set(record["share_on_front"]) == {"k1", "rb"} == set(record["share_on_front_ci95"])
+    assert sum(record["share_on_front"].values()) == pytest.approx(1.0)
     assert set(record["hypervolume"]["rb"]) == {"value", "ci95"}
     assert len(record["reference_point"]) == 2
-    assert record["optimal"][0][0] > 0
+    assert all(kl > 0 and reward > 0 for kl, reward in record["optimal"])
+    assert len(record["optimal_trusted"]) == len(record["optimal"])
     assert record["best_of_n"][0][0] == 1
     json.dumps(record, allow_nan=False)
 
