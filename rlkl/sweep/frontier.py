@@ -53,17 +53,19 @@ def hypervolume(points: Float[np.ndarray, "N 2"], reference_point: tuple[float, 
         reference_point: (KL_ref, reward_ref); KL_ref an upper bound, reward_ref a lower one.
 
     Raises:
-        ValueError: not [N, 2], or not finite.
+        ValueError: not [N, 2], or not finite, the reference point included.
 
     Example: a step of 1 × 2 and one of 2 × 1 above (4, 0).
         >>> hypervolume(np.array([[2.0, 1.0], [3.0, 2.0]]), (4.0, 0.0))
         3.0
     """
-    points = _checked(points)
-    within = points[(points[:, 0] <= reference_point[0]) & (points[:, 1] >= reference_point[1])]
+    points, reference = _checked(points), np.asarray(reference_point, dtype=float)
+    if reference.shape != (2,) or not np.isfinite(reference).all():
+        raise ValueError(f"reference_point is {reference_point}; (KL, reward) is needed, finite")
+    within = points[(points[:, 0] <= reference[0]) & (points[:, 1] >= reference[1])]
     if len(within) == 0:
         return 0.0
-    return float(moocore.hypervolume(within, ref=np.array(reference_point), maximise=_DIRECTIONS))
+    return float(moocore.hypervolume(within, ref=reference, maximise=_DIRECTIONS))
 
 
 def _checked(points: Any) -> np.ndarray:

@@ -44,6 +44,19 @@ def test_the_hypervolume_is_the_count_of_unit_squares_below_the_points(points):
     assert hypervolume(points, (7.0, 1.0)) == squares
 
 
+@pytest.mark.parametrize("as_given", [list, tuple, np.array, torch.tensor])
+def test_points_and_reference_point_come_as_lists_arrays_or_tensors(as_given):
+    points = as_given([[2.0, 1.0], [3.0, 2.0], [3.5, 1.0]])
+    assert pareto_front(points).tolist() == [True, True, False]
+    assert hypervolume(points, as_given([4.0, 0.0])) == 3.0
+
+
+@pytest.mark.parametrize("point", [(4.0, 0.0, 1.0), (np.nan, 0.0), (4.0, -np.inf), 4.0])
+def test_a_reference_point_that_is_none_is_refused(point):
+    with pytest.raises(ValueError, match="reference_point is"):
+        hypervolume([(2.0, 1.0)], point)
+
+
 def test_points_beyond_the_reference_point_cover_nothing():
     assert hypervolume(np.array([[5.0, 1.0], [1.0, -2.0]]), (4.0, 0.0)) == 0
     assert hypervolume(np.zeros((0, 2)), (4.0, 0.0)) == 0
