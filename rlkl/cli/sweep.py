@@ -5,18 +5,20 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.live import Live
 
 from rlkl.cli.errors import check_writable, fail, refusing_bad_input
-from rlkl.cli.json_output import write_json
+from rlkl.cli.json_output import console_beside, write_json
 
 if TYPE_CHECKING:
     from rlkl.cli.sentiment.algorithms import Algorithm
+    from rlkl.sweep.export import Analysis
     from rlkl.sweep.ledger import Ledger
+    from rlkl.sweep.records import SweepResult
 
 sweep_app = typer.Typer(
     help="Sweeps of KL coefficients: reward-vs-KL frontiers, resumable and comparable.",
@@ -59,15 +61,42 @@ def run(
         bool, typer.Option("--dry-run", help="Print the cells and the time; start nothing.")
     ] = False,
     report: Annotated[bool, typer.Option(help="Write the report at the end.")] = True,
+    json: JsonOut = None,
 ) -> None:
     """Run a sweep on this machine; the same command goes on with one that was stopped or killed.
 
     rlkl sweep run recipes/sweep_kl.yaml --dry-run
 
     rlkl sweep run recipes/sweep_kl.yaml --workers 2
+
+    --json has the cells at the end, as `status --json` has them.
     """
-    console = Console()
+    with console_beside(json) as console:
+        ledger = _run(console, spec, storage, out, workers, threads, dry_run, report, json)
+    if ledger is None:
+        return
+    cells = ledger.cells(records=False)
+    if json is not None:
+        write_json(_progress(ledger), json)
+    failed = sum(cell.state == "failed" for cell in cells)  # the reference's too
+    if failed:
+        fail(f"{failed} cells failed; see above, then: rlkl sweep retry {spec}")
+
+
+def _run(
+    console: Console,
+    spec: Path,
+    storage: str | None,
+    out: Path | None,
+    workers: int,
+    threads: int | None,
+    dry_run: bool,
+    report: bool,
+    json: str | None,
+) -> "Ledger | None":
+    """Runs a sweep to its end; None where it is only shown."""
     with refusing_bad_input():
+        check_writable(json, None)
         from rlkl.sweep.driver import Driver, begin_sweep, default_folder, default_storage
         from rlkl.sweep.spec_file import load_spec
         from rlkl.sweep.status import duration, status_table
@@ -78,7 +107,7 @@ def run(
         url = storage or default_storage(folder)
         if dry_run:
             print_plan(console, loaded, workers)
-            return
+            return None
         ledger = begin_sweep(loaded, url, folder)
         driver = Driver(ledger, folder, workers, threads)
     rows = max(10, console.height - 8)
@@ -102,9 +131,7 @@ def run(
         from rlkl.sweep.records import collect
 
         _write_report(console, collect(ledger), folder / "report", ledger.identity)
-    failed = sum(cell.state == "failed" for cell in cells)  # the reference's too
-    if failed:
-        fail(f"{failed} cells failed; see above, then: rlkl sweep retry {spec}")
+    return ledger
 
 
 def print_plan(console: Console, spec, workers: int) -> None:
@@ -183,7 +210,7 @@ def status(
     with refusing_bad_input():
         check_writable(json, None)
         ledger = _open(spec, storage, name, out)[0]
-    from rlkl.sweep.status import seconds_left, status_table
+    from rlkl.sweep.status import status_table
 
     def table():
         cells = ledger.cells()
@@ -191,10 +218,7 @@ def status(
         return status_table(cells, ledger.spec, workers, rows=len(cells))
 
     if json is not None:
-        cells = ledger.cells(records=False)
-        rows = [{k: v for k, v in vars(c).items() if k != "record"} for c in cells]
-        left = seconds_left(cells, ledger.spec, 1)
-        write_json({"cells": rows, "attempts": ledger.attempts(), "seconds_left": left}, json)
+        write_json(_progress(ledger), json)
         return
     console = Console()
     if watch:
@@ -208,15 +232,36 @@ def status(
             console.print(attempt, markup=False, highlight=False)
 
 
+def _progress(ledger: "Ledger") -> dict[str, Any]:
+    """A sweep's cells, attempts, and the seconds that one worker would take for the rest."""
+    from rlkl.sweep.status import seconds_left
+
+    cells = ledger.cells(records=False)
+    rows = [{k: v for k, v in vars(c).items() if k != "record"} for c in cells]
+    left = seconds_left(cells, ledger.spec, 1)
+    return {"cells": rows, "attempts": ledger.attempts(), "seconds_left": left}
+
+
 @sweep_app.command()
-def retry(spec: Spec = None, storage: Storage = None, name: Name = None, out: Out = None) -> None:
+def retry(
+    spec: Spec = None,
+    storage: Storage = None,
+    name: Name = None,
+    out: Out = None,
+    json: JsonOut = None,
+) -> None:
     """Queue the failed cells of a sweep again; `run` or `work` then takes them.
 
     rlkl sweep retry recipes/sweep_kl.yaml
     """
     with refusing_bad_input():
+        check_writable(json, None)
         ledger = _open(spec, storage, name, out)[0]
-    print(f"{ledger.retry()} cells wait again")
+    waiting = ledger.retry()
+    if json is not None:
+        write_json({"retried": waiting}, json)
+    else:
+        print(f"{waiting} cells wait again")
 
 
 @sweep_app.command()
@@ -260,15 +305,20 @@ def report(
         Path | None, typer.Option(help="records.jsonl of an earlier report, in place of a sweep.")
     ] = None,
     wandb: Annotated[bool, typer.Option(help="Log the summary run to W&B.")] = True,
+    json: JsonOut = None,
 ) -> None:
     """Write the page, the figures and all records of a sweep, finished or not.
 
     rlkl sweep report recipes/sweep_kl.yaml
 
     rlkl sweep report --storage sqlite:///runs/sweep_kl/sweep.db --out report
+
+    --json has what `frontier --json` has.
     """
-    console = Console()
     with refusing_bad_input():
+        from rlkl.sweep.export import frontier_json
+
+        check_writable(json, None)
         from rlkl.sweep.records import SweepResult, collect
 
         if records is not None:
@@ -278,10 +328,15 @@ def report(
             ledger, sweep_folder = _open(spec, storage, name, None)
             result, folder = collect(ledger), out or sweep_folder / "report"
             identity = ledger.identity
-    _write_report(console, result, folder, identity if wandb else None)
+    with console_beside(json) as console:
+        analysis = _write_report(console, result, folder, identity if wandb else None)
+    if json is not None:
+        write_json(frontier_json(analysis), json)
 
 
-def _write_report(console: Console, result, folder: Path, identity: str | None) -> None:
+def _write_report(
+    console: Console, result: "SweepResult", folder: Path, identity: str | None
+) -> "Analysis":
     """Writes a report; with an `identity`, its W&B summary run too."""
     from rlkl.sweep.findings import findings
     from rlkl.sweep.report import FILES, write_report
@@ -298,16 +353,17 @@ def _write_report(console: Console, result, folder: Path, identity: str | None) 
     for line in findings(analysis):
         console.print(f"- {line['text']}", markup=False, highlight=False)
     console.print(f"written to {folder}: {', '.join(FILES)}", highlight=False)
+    return analysis
 
 
 def _open(
     spec: Path | None, storage: str | None, name: str | None, out: Path | None
 ) -> "tuple[Ledger, Path]":
     """The sweep that is meant: by its spec's name, by its folder (also in the spec's place), or
-    by its storage.
+    by its storage; without any of these, the only one in ``runs``.
 
     Raises:
-        ValueError: none of them is given.
+        ValueError: none of them is given, and ``runs`` has several or none.
     """
     from rlkl.sweep.driver import default_storage
     from rlkl.sweep.ledger import Ledger
@@ -315,11 +371,16 @@ def _open(
     if spec is not None and spec.is_dir():
         spec, out = None, out or spec
     name = name or (_name_in(spec) if spec is not None else None)
+    if storage is None and out is None and name is None:
+        found = sorted(path.parent for path in Path("runs").glob("*/sweep.db"))
+        if len(found) != 1:
+            here = f" (here are {', '.join(map(str, found))})" if found else ""
+            raise ValueError(f"which sweep? give its SPEC, --out FOLDER, or --storage URL{here}")
+        out = found[0]
     if out is None and name is not None:
         out = Path("runs") / name
     if storage is None:
-        if out is None:
-            raise ValueError("which sweep? give its SPEC, --out FOLDER, or --storage URL")
+        assert out is not None  # of the name, or found
         if not (out / "sweep.db").is_file():
             raise ValueError(f"{out} holds no sweep (no sweep.db); `rlkl sweep run` begins one")
         storage = default_storage(out)

@@ -67,9 +67,11 @@ def test_a_reference_that_failed_is_not_passed_over(write_spec, tmp_path, monkey
         settings={"max_steps": 1},
         evaluation={"script": str(failing), "reference_samples": 8},
     )
-    assert run(monkeypatch, "run", str(spec), "--out", str(tmp_path / "out"), "--no-report") == 2
+    words = ["run", str(spec), "--out", str(tmp_path / "out"), "--no-report", "--json", "-"]
+    assert run(monkeypatch, *words) == 2
     said = capsys.readouterr()
-    assert "the evaluator wrote no reference" in said.out
+    assert "the evaluator wrote no reference" in said.err
+    assert [cell["state"] for cell in json.loads(said.out)["cells"]].count("failed") == 1
     assert "1 cells failed" in said.err
 
 
@@ -152,8 +154,20 @@ def test_status_shows_states_notes_and_the_journal(finished, monkeypatch, capsys
 def test_retry_queues_the_failed_again(finished, monkeypatch, capsys):
     assert run(monkeypatch, "retry", "--out", str(finished)) == 0
     assert capsys.readouterr().out == "1 cells wait again\n"
-    assert run(monkeypatch, "retry", "--out", str(finished)) == 0
-    assert capsys.readouterr().out == "0 cells wait again\n"
+    assert run(monkeypatch, "retry", "--out", str(finished), "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out) == {"retried": 0}
+
+
+def test_the_only_sweep_in_runs_needs_no_name(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    finished.rename(tmp_path / "runs" / "one")
+    assert run(monkeypatch, "status") == 0
+    assert "7 done" in capsys.readouterr().out
+    (tmp_path / "runs" / "two").mkdir()
+    (tmp_path / "runs" / "two" / "sweep.db").touch()
+    assert run(monkeypatch, "frontier", "--json", "-") == 2
+    assert "(here are runs/one, runs/two)" in capsys.readouterr().err
 
 
 def test_frontier_prints_sentences_or_the_json(finished, monkeypatch, capsys):
@@ -173,5 +187,7 @@ def test_report_writes_the_page_from_a_storage_or_from_stored_records(
     assert run(monkeypatch, "report", "--storage", storage, "--out", str(one), "--no-wandb") == 0
     assert "written to" in capsys.readouterr().out
     records = str(one / "records.jsonl")
-    assert run(monkeypatch, "report", "--records", records, "--out", str(two), "--no-wandb") == 0
+    words = ["report", "--records", records, "--out", str(two), "--no-wandb", "--json", "-"]
+    assert run(monkeypatch, *words) == 0
+    assert len(json.loads(capsys.readouterr().out)["points"]) == 7
     assert (two / "index.html").read_text()[:15] == "<!doctype html>"
