@@ -1,6 +1,6 @@
 """Policies, references and critics: loading them, and reading hidden states from them."""
 
-from rlkl.models.checks import check_causal_lm
+from rlkl.models.checks import check_causal_lm, few_tokens
 from rlkl.models.critic import Critic
 from rlkl.models.language_model import (
     EMBEDDED_LM,
@@ -30,6 +30,7 @@ __all__ = [
     "check_causal_lm",
     "check_reference",
     "check_same_tokenizer",
+    "few_tokens",
     "frozen_copy",
     "hidden_size",
     "keep_adapter",

@@ -1,10 +1,13 @@
 """What TRL's settings and models must be for the exact KL of a sequence to be what is trained."""
 
+import math
+
 import torch
 from torch import nn
 from trl import GRPOConfig, RLOOConfig
 
 from rlkl.models.language_model import trunk_of
+from rlkl.trainers.run_config import check_fp16, check_training
 
 
 def check_settings(args: RLOOConfig | GRPOConfig) -> None:
@@ -34,8 +37,13 @@ def check_settings(args: RLOOConfig | GRPOConfig) -> None:
             not args.sync_ref_model,
             "moves the reference, from which the KL is to be held: set False",
         ),
-        "temperature": (args.temperature > 0, "must be positive"),
-        "beta": (args.beta >= 0, "must be at least 0 (0 measures the KL all the same)"),
+        "temperature": (0 < args.temperature < math.inf, "must be positive and finite"),
+        "beta": (
+            0 <= args.beta < math.inf,
+            "must be finite, and at least 0 (0 measures the KL all the same)",
+        ),
+        "num_iterations": (args.num_iterations > 0, "must be at least 1"),
+        "steps_per_generation": (args.steps_per_generation != 0, "must be at least 1"),
     }
     if isinstance(args, RLOOConfig):
         refused["normalize_advantages"] = (
@@ -65,6 +73,8 @@ def check_settings(args: RLOOConfig | GRPOConfig) -> None:
     for name, (fine, reason) in refused.items():
         if not fine:
             raise ValueError(f"{name} is {getattr(args, name)!r}: it {reason}")
+    check_training(args)
+    check_fp16(args)
     if args.world_size > 1 or args.deepspeed is not None or args.fsdp:
         raise ValueError(
             "rlkl's trainers run in one process, without DeepSpeed and FSDP: the exact KL reads "
