@@ -24,12 +24,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase, PrinterCallback
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig
 
-from rlkl.cli.errors import refusing_bad_input
+from rlkl.cli.errors import ending_where_it_diverges, refusing_bad_input
 from rlkl.cli.json_output import write_json
 from rlkl.cli.quiet import quiet_libraries
-from rlkl.cli.settings import SettingsParser, set_threads
+from rlkl.cli.settings import SettingsParser, adapter_of, set_threads
 from rlkl.data import load_pairs
 from rlkl.evaluation.judge import JUDGE_PROMPT, Judge
 from rlkl.evaluation.student import StudentEvaluation, evaluate_student
@@ -97,7 +97,9 @@ def run() -> None:
         output_dir = Path(str(args.output_dir))
         settings = {**asdict(task), **model_args.__dict__, **args.to_dict()}
         checkpoint = _unfinished(output_dir, settings, console)
-    with trainer.tracked(resume=checkpoint is not None):
+        if checkpoint is not None:
+            trainer.check_checkpoint(checkpoint)
+    with ending_where_it_diverges(), trainer.tracked(resume=checkpoint is not None):
         trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.state.global_step < trainer.state.max_steps:
             console.print(
@@ -181,13 +183,14 @@ def _prepare(
         args,
         train,
         tokenizer,
-        peft_config=get_peft_config(model_args),
+        peft_config=adapter_of(model_args, student),
         callbacks=[
             RichProgress(console, title=args.loss, describe=both_directions),
             StopOnInterrupt(),
         ],
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.check_optimiser()
     return trainer, tokenizer, held_out, judge
 
 

@@ -172,7 +172,6 @@ def test_a_stopped_run_goes_on_and_refuses_other_settings(folders, monkeypatch, 
     assert {name: metrics["prompts"] for name, metrics in summary.items()} == {held_out.stem: 2}
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # GPT-2's layers are transposed
 @pytest.mark.parametrize(
     ("name", "value"),
     [
