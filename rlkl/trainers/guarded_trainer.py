@@ -167,7 +167,7 @@ class GuardedTrainer(Trainer, ABC):
         with self.accelerator.autocast():
             self.check_finite("what the model says of a few tokens", few_tokens(policy))
         super().save_model(output_dir, _internal_call)
-        if _internal_call:  # a checkpoint
+        if _internal_call and self.args.should_save:  # a checkpoint
             noted = {} if self._logs_next() else self.noted
             (Path(str(output_dir)) / _NOTED).write_text(json.dumps(noted))
 
