@@ -102,18 +102,14 @@ def _models(
 
 
 def _print(record: dict[str, Any], console: Console) -> None:
-    from rlkl.evaluation.audit_page import formatted, percent, verdict
+    from rlkl.evaluation.audit_page import formatted, verdict, who_sampled_off
 
     console.print(
         f"Exact D_KL(policy ‖ ref) = [bold]{record['exact_kl']:.5f}[/] nats per response "
         f"({record['responses']} responses, vocabulary {record['vocab']}, length "
         f"{record['length']})."
     )
-    console.print(
-        f"Sampling off: an older policy sampled; its effective sample size is "
-        f"{percent(record['ess_fraction'])}, and {percent(record['truncated_fraction'])} of the "
-        f"tokens have a prefix weight over {record['truncate_at']:g}."
-    )
+    console.print(f"Sampling off: {who_sampled_off(record)}")
     for title, rows, named in (
         ("Estimators", record["rows"], False),
         ("Configurations of the field, by name", record["configurations"], True),

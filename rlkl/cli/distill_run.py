@@ -28,12 +28,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase, PrinterCallback
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig
 
-from rlkl.cli.errors import check_writable, refusing_bad_input
+from rlkl.cli.errors import check_writable, ending_where_it_diverges, refusing_bad_input
 from rlkl.cli.json_output import console_beside, write_json
 from rlkl.cli.quiet import quiet_libraries
-from rlkl.cli.settings import SettingsParser, set_threads, weights_dtype
+from rlkl.cli.settings import SettingsParser, adapter_of, set_threads, weights_dtype
 from rlkl.data import load_pairs
 from rlkl.evaluation.judge import JUDGE_PROMPT, Judge
 from rlkl.evaluation.student import StudentEvaluation, evaluate_student
@@ -124,7 +124,9 @@ def _run(
         del settings["json"]  # of this command, not of the run
         settings["processes"] = args.world_size
         checkpoint = of_first(_unfinished(output_dir, settings, console) if first else None)
-    with trainer.tracked(resume=checkpoint is not None):
+        if checkpoint is not None:
+            trainer.check_checkpoint(checkpoint)
+    with ending_where_it_diverges(), trainer.tracked(resume=checkpoint is not None):
         trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.state.global_step < trainer.state.max_steps:
             console.print(
@@ -213,13 +215,14 @@ def _prepare(
         args,
         train,
         tokenizer,
-        peft_config=get_peft_config(model_args),
+        peft_config=adapter_of(model_args, student),
         callbacks=[
             RichProgress(console, title=args.loss, describe=both_directions),
             StopOnInterrupt(),
         ],
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.check_optimiser()
     return trainer, tokenizer, held_out, judge
 
 

@@ -1,4 +1,4 @@
-"""Bad input is one line on standard error and exit code 2."""
+"""What a user can do something about is one line on standard error, and an exit code."""
 
 import argparse
 import os
@@ -26,8 +26,17 @@ def refusing_bad_input() -> Iterator[None]:
         if error.filename is None or error.strerror is None:
             fail(str(error))
         fail(f"cannot use {str(error.filename)!r}: {error.strerror}; name another file")
-    except (ValueError, yaml.YAMLError, argparse.ArgumentError) as error:
+    except (ValueError, ImportError, yaml.YAMLError, argparse.ArgumentError) as error:
         fail(str(error))
+
+
+@contextmanager
+def ending_where_it_diverges() -> Iterator[None]:
+    """Ends the program with one line and exit code 1 where the training in the block diverges."""
+    try:
+        yield
+    except FloatingPointError as error:
+        fail(str(error), code=1)
 
 
 def check_writable(json: str | None, html: str | None) -> None:
@@ -50,7 +59,7 @@ def check_writable(json: str | None, html: str | None) -> None:
                 fail(f"cannot write {target!r}: no permission to; name a file elsewhere")
 
 
-def fail(message: str) -> NoReturn:
-    """Prints ``error: message`` on one line of standard error and exits with code 2."""
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Prints ``error: message`` on one line of standard error and exits; 2 is for bad input."""
     print("error:", " ".join(message.split()), file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)

@@ -7,7 +7,10 @@ from dataclasses import fields
 from typing import Any, NoReturn
 
 import torch
-from trl import ModelConfig, TrlParser
+from peft import LoraConfig, PeftConfig
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from trl import ModelConfig, TrlParser, get_peft_config
 
 from rlkl.cli.errors import fail
 
@@ -45,8 +48,8 @@ class SettingsParser(TrlParser):
         """Parses ``sys.argv``; without ``--config`` the settings of `default_config` hold.
 
         Raises:
-            ValueError: an unknown key in the YAML file, an unknown option, or one of TRL's
-                ModelConfig that is not read here.
+            ValueError: an unknown key in the YAML file, an unknown option, or one that is not
+                read here.
             FileNotFoundError: a config file that is not there.
         """
         given = [part for word in sys.argv[1:] for part in _split_option(word)]
@@ -60,6 +63,11 @@ class SettingsParser(TrlParser):
         for each in settings:
             if isinstance(each, ModelConfig):
                 _refuse_unread(each)
+            elif getattr(each, "resume_from_checkpoint", None):
+                raise ValueError(
+                    f"resume_from_checkpoint {each.resume_from_checkpoint} has no effect: the same "
+                    "command goes on from the last checkpoint in its output_dir; leave it out"
+                )
         return tuple(settings)
 
 
@@ -98,3 +106,13 @@ def set_threads(count: int | None) -> None:
         if count < 1:
             raise ValueError(f"threads is {count}; give at least 1, or nothing for torch's choice")
         torch.set_num_threads(count)
+
+
+def adapter_of(model_args: ModelConfig, model: nn.Module) -> PeftConfig | None:
+    """The adapter that the settings ask for, if any, told how the model's layers keep their
+    weights (GPT-2's transposed).
+    """
+    adapter = get_peft_config(model_args)
+    if isinstance(adapter, LoraConfig):
+        adapter.fan_in_fan_out = any(isinstance(layer, Conv1D) for layer in model.modules())
+    return adapter

@@ -185,6 +185,7 @@ def audit(models: Models, *, top_k: int = 2, truncate_at: float = 1.5) -> dict[s
         "responses": len(models.policy.tokens),
         "top_k": top_k,
         "truncate_at": truncate_at,
+        "other_sampler": not torch.equal(models.sampler.logits, models.policy.logits),
         "ess_fraction": 1 / (1 + weights),
         "truncated_fraction": over,
         "rows": [

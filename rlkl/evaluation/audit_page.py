@@ -51,6 +51,17 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g}%"
 
 
+def who_sampled_off(record: dict[str, Any]) -> str:
+    """A sentence on the rows with sampling "off"."""
+    if not record["other_sampler"]:
+        return "The policy itself sampled again: the models have no other sampler."
+    return (
+        f"An older policy sampled; its effective sample size is {percent(record['ess_fraction'])}, "
+        f"and {percent(record['truncated_fraction'])} of the tokens have a prefix weight over "
+        f"{record['truncate_at']:g}."
+    )
+
+
 def verdict(row: dict[str, Any], key: str, exact_kl: float) -> str:
     """green, yellow, red, or "" for a number that is not judged (variances)."""
     value = row[key]
@@ -89,10 +100,7 @@ def audit_page(record: dict[str, Any]) -> str:
     ]
     introductions = {
         "on": "The policy's own responses: a first update.",
-        "off": "An older policy's responses: a later epoch, an asynchronous sampler. Its effective "
-        f"sample size is {percent(record['ess_fraction'])} of the responses; "
-        f"{percent(record['truncated_fraction'])} of the tokens have a prefix weight over "
-        f"{record['truncate_at']:g}.",
+        "off": "A later epoch, an asynchronous sampler. " + who_sampled_off(record),
     }
     for title, key in (("Libraries", "configurations"), ("Estimator × placement", "rows")):
         for sampling, introduction in introductions.items():

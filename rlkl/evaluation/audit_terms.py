@@ -238,7 +238,7 @@ def configurations(truncate_at: float) -> dict[str, Term]:
             "both, whole sequence",
             _value("rb"),
             lambda b: response_weights(*b.weighting) * _value("rb")(b),
-            "exact, with the KL of all prefixes, those before the token too, as its weight",
+            "exact gradient, the KL of all prefixes, those before the token too, as its weight",
             published,
         ),
         "KL-RB code, Monte Carlo": Term(
@@ -246,7 +246,7 @@ def configurations(truncate_at: float) -> dict[str, Term]:
             "both, whole sequence",
             _value("k1"),
             lambda b: response_weights(*b.weighting) * _value("k1")(b),
-            "exact; differentiating k1 as well adds noise of mean zero",
+            "exact gradient; differentiating k1 as well adds noise of mean zero",
             published,
         ),
         "rlkl RaoBlackwellPPOTrainer": Term(
@@ -270,7 +270,7 @@ def configurations(truncate_at: float) -> dict[str, Term]:
             f"both, prefix ≤ {truncate_at:g}",
             _prefix(truncate_at),
             _prefix(truncate_at),
-            "biased by what the bound cuts off; less variance",
+            "exact on its own samples; on others biased by what the bound cuts off, less variance",
             "rlkl.trainers, kl_off_policy=prefix_truncated",
         ),
     }

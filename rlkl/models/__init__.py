@@ -1,7 +1,7 @@
 """Policies, references and critics: loading them, and reading hidden states from them."""
 
 from rlkl.models.checkpointing import enable_checkpointing, recomputing
-from rlkl.models.checks import check_causal_lm
+from rlkl.models.checks import check_causal_lm, few_tokens
 from rlkl.models.critic import Critic
 from rlkl.models.language_model import (
     EMBEDDED_LM,
@@ -32,6 +32,7 @@ __all__ = [
     "check_reference",
     "check_same_tokenizer",
     "enable_checkpointing",
+    "few_tokens",
     "frozen_copy",
     "hidden_size",
     "keep_adapter",

@@ -26,9 +26,7 @@ def check_causal_lm(model: nn.Module, name: str) -> None:
         ValueError: one of them is not so, in words that begin with `name`.
     """
     head, trunk = at_least_float32(output_head(model)), trunk_of(model)
-    vocab, device = vocabulary_of(head), causal_lm(model).device
-    length = int(min(_TOKENS, max_positions(model)))
-    ids = torch.arange(length, device=device)[None] % vocab
+    vocab, ids = vocabulary_of(head), _few_ids(model)
     hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state
     if not bool(hidden.isfinite().all()):
         raise ValueError(
@@ -64,6 +62,25 @@ def check_causal_lm(model: nn.Module, name: str) -> None:
             "left and its tokens are read one by one with a key-value cache, as they are sampled "
             "here: recurrent models, and others without such a cache, cannot be used"
         )
+
+
+@torch.no_grad()
+def few_tokens(model: nn.Module) -> Tensor:
+    """[8, H + 1] what a model makes of a few tokens: hidden states, and log Σ exp of its logits.
+
+    All of it is finite unless the model is broken; logits of −∞ are none of a broken one.
+    """
+    ids = _few_ids(model)
+    hidden = trunk_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+    logits = head_logits(at_least_float32(output_head(model)), hidden).float()
+    return torch.cat([hidden, logits.logsumexp(-1, keepdim=True)], 1)
+
+
+def _few_ids(model: nn.Module) -> Tensor:
+    """[1, 8] token ids; fewer where the model has fewer positions."""
+    length = int(min(_TOKENS, max_positions(model)))
+    ids = torch.arange(length, device=causal_lm(model).device)
+    return ids[None] % vocabulary_of(output_head(model))
 
 
 def _last_read(trunk: PreTrainedModel, ids: Tensor) -> Tensor:

@@ -61,6 +61,26 @@ def reading_model(source: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _choosing_attention(name: str | None) -> Iterator[None]:
+    """What the libraries complain about in the attention that was asked for, by its setting.
+
+    Raises:
+        ValueError: in place of theirs; it says what to set.
+    """
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        complaint = str(error.__cause__ or error).strip().split("\n")[0]
+        about_it = isinstance(error, ImportError) or "attention" in complaint or "attn" in complaint
+        if name is None or not about_it:
+            raise
+        raise ValueError(
+            f"attn_implementation is {name!r}: {complaint.rstrip('.')}; use eager or sdpa, or "
+            "leave it out"
+        ) from error
+
+
 def load_causal_lm(
     name_or_path: str | os.PathLike[str] | None = None,
     *,
@@ -80,7 +100,8 @@ def load_causal_lm(
 
     Raises:
         ValueError: a folder that is not there or has no weights, no causal LM, weights that cannot
-            be read, do not fit the config or lack a part (which would be random numbers).
+            be read, do not fit the config or lack a part (which would be random numbers), an
+            attention that the model or this machine has not.
     """
     source = model_source(name_or_path)
     if os.path.isdir(source) and not any(
@@ -94,9 +115,10 @@ def load_causal_lm(
             f"{source} holds no weights (looked for {', '.join(_WEIGHTS[:2])}, …); "
             "name a folder written by save_pretrained"
         )
+    asked_for = attn_implementation
     if attn_implementation is None and torch.device(device).type == "cpu":
         attn_implementation = "eager"
-    with reading_model(source):
+    with _choosing_attention(asked_for), reading_model(source):
         model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues] (a pair)
             source,
             dtype=dtype,

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from rlkl.kl import DIVERGENCES, Divergence, get_divergence
-from rlkl.trainers.run_config import RunArguments
+from rlkl.trainers.run_config import RunArguments, check_fp16
 
 
 @dataclass
@@ -68,6 +68,7 @@ class DistillConfig(RunArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_fp16(self)
         for name in ("temperature", "sampling_temperature", "response_length"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be > 0 and finite")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 VOCABULARY: dict[str, str] = {
     "kl/k1": "mean_b Σ_t u_t; u = log π(y_t|h_t) − log q(y_t|h_t). Nats per response",
@@ -115,8 +116,7 @@ class MetricsFile(TrainerCallback):
     """Appends every log to ``metrics.jsonl`` in the output folder, whatever else is reported to.
 
     A run that resumes first drops the records after its checkpoint, and that of the stop, so that
-    each step stands once (but for one that ``logging_strategy="epoch"`` wrote because a stop cut an
-    epoch short); a new run drops those of the run before it.
+    each step stands once; a new run drops those of the run before it.
     """
 
     def __init__(self) -> None:
@@ -162,3 +162,26 @@ class MetricsFile(TrainerCallback):
     @staticmethod
     def _path(args: TrainingArguments) -> Path:
         return Path(str(args.output_dir)) / "metrics.jsonl"
+
+
+class NoLogOfPartEpochs(TrainerCallback):
+    """Where a stop cuts an epoch short, ``logging_strategy`` and ``eval_strategy`` "epoch" wait.
+
+    The Trainer takes any end of its loop for an epoch's; the run that goes on logs and evaluates
+    once the epoch is whole.
+    """
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Takes back what the Trainer has just decided."""
+        if control.should_training_stop and state.global_step < state.max_steps:
+            whole = float(state.epoch or 0).is_integer()
+            if not whole and args.logging_strategy == IntervalStrategy.EPOCH:
+                control.should_log = False
+            if not whole and args.eval_strategy == IntervalStrategy.EPOCH:
+                control.should_evaluate = False

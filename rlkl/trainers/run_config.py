@@ -40,6 +40,38 @@ def choose_precision(args: TrainingArguments) -> None:
         args.use_cpu = True
 
 
+def check_fp16(args: TrainingArguments) -> None:
+    """Refuses fp16 where nothing would follow it.
+
+    Raises:
+        ValueError: on a CPU, on which accelerate has no fp16 and trains on in float32.
+    """
+    if args.fp16 and args.device.type == "cpu":
+        raise ValueError("fp16 has no effect on a CPU: leave it out, or set bf16")
+
+
+def check_training(args: TrainingArguments) -> None:
+    """Refuses numbers that no step can be taken with, or that would be passed over in silence.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    for name in (
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+    ):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} is {getattr(args, name)}; it must be at least 1")
+    for name in ("learning_rate", "weight_decay"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise ValueError(f"{name} is {getattr(args, name)}; it must be finite and >= 0")
+    if not math.isfinite(args.num_train_epochs):
+        raise ValueError(f"num_train_epochs is {args.num_train_epochs}; it must be finite")
+    if args.max_grad_norm is None or math.isnan(args.max_grad_norm):
+        raise ValueError(f"max_grad_norm is {args.max_grad_norm}; 0 does not clip")
+
+
 @dataclass
 class WandbArguments:
     """How the W&B run of a training is called and found; see `rlkl.trainers.tracking.wandb_run`."""
@@ -92,15 +124,7 @@ class RunArguments(WandbArguments, TrainingArguments):
                 "nothing would be trained; make one of them positive (max_steps -1 leaves it to "
                 "num_train_epochs)"
             )
-        for name in (
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate is {self.learning_rate}; it must be finite and >= 0")
+        check_training(self)
 
     def _check_effect(self) -> None:
         for name, why in _IDLE.items():

@@ -79,8 +79,10 @@ def wandb_run(
     )
     try:
         yield
-    finally:
-        run.finish()
+    except BaseException:
+        run.finish(exit_code=1)
+        raise
+    run.finish()
 
 
 class WandbMirror(WandbCallback):

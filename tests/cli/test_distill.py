@@ -182,7 +182,6 @@ def test_a_stopped_run_goes_on_and_refuses_other_settings(folders, monkeypatch, 
     assert {name: metrics["prompts"] for name, metrics in summary.items()} == {held_out.stem: 2}
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # GPT-2's layers are transposed
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -201,6 +200,27 @@ def test_a_stopped_run_does_not_go_on_with_another_student(
     error = capsys.readouterr().err
     assert f"unfinished run with {name}=" in error
     assert f", not {value}: choose another --output_dir" in error
+
+
+def test_a_run_that_diverges_ends_in_one_line_without_a_checkpoint(folders, monkeypatch, capsys):
+    settings = {"learning_rate": 1e20, "max_grad_norm": 0, "warmup_steps": 0, "save_steps": 1}
+    assert run(monkeypatch, folders, **settings) == 1
+    *_, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: after step 1 what the model says of a few tokens is not finite")
+    assert not list((folders / "out").glob("checkpoint-*"))
+
+
+def test_an_optimiser_that_cannot_be_leaves_a_finished_run_alone(folders, monkeypatch, capsys):
+    assert run(monkeypatch, folders) == 0
+    assert run(monkeypatch, folders, adam_beta1=2) == 2
+    assert "beta parameter" in capsys.readouterr().err
+    assert (folders / "out" / "summary.json").is_file()
+
+
+def test_a_checkpoint_of_the_model_alone_is_refused(folders, monkeypatch, capsys):
+    assert stopped_run(monkeypatch, folders, save_only_model=True) == 130
+    assert run(monkeypatch, folders, save_only_model=True) == 2
+    assert "holds no optimiser (save_only_model)" in capsys.readouterr().err
 
 
 def test_a_run_in_the_folder_of_a_finished_one_takes_nothing_of_it(folders, monkeypatch, capsys):

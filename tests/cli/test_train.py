@@ -22,6 +22,7 @@ from rlkl.cli.sentiment.plot import plot_training
 from rlkl.cli.sentiment.settings import GRPOArguments, RLOOArguments
 from rlkl.trainers.run_config import bf16_is_fast
 from tests.offline_wandb import history, offline_records, without_key
+from tests.trainers.stopping import lines, untimed
 
 LENGTH = {"ppo": "response_length", "rloo": "max_completion_length"}
 LENGTH["grpo"] = LENGTH["rloo"]
@@ -63,6 +64,11 @@ def called(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0
+
+
+def at_once(self: object, args: object, state: object, control: Any, **others: object) -> None:
+    """Ctrl-C in the first step."""
+    control.should_save = control.should_training_stop = True
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -148,6 +154,14 @@ def test_all_three_are_listed(command, monkeypatch, capsys):
         ({"config": "{folder}/bad.yaml"}, "kl_coeff"),
         ({"prompts": "none.txt"}, "none.txt"),
         ({"model_name_or_path": "/no/such"}, "no such model folder: /no/such"),
+        ({"resume_from_checkpoint": "a"}, "the same command goes on from the last checkpoint"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_kwargs"),
+        ({"optim": "lomo"}, "lomo_optim"),  # an ImportError
+        ({"adam_beta1": 2}, "beta parameter"),
+        ({"weight_decay": "nan"}, "weight_decay is nan; it must be finite and >= 0"),
+        ({"max_grad_norm": "nan"}, "max_grad_norm is nan; 0 does not clip"),
+        ({"num_train_epochs": "nan"}, "num_train_epochs is nan; it must be finite"),
+        ({"attn_implementation": "nope"}, "; use eager or sdpa, or leave it out"),
         ({"best_of_n": 1}, "best_of_n is 1; give at least 2"),
         ({"json": "/no/such/file.json"}, "cannot write '/no/such/file.json'"),
         ({"eval_prompts": "{folder}/long.txt"}, "the held-out prompts, 0 to 1: prompt and resp"),
@@ -165,7 +179,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert message in error
-    assert not (folders / "run").exists()
+    assert not (folders / "run" / "settings.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -176,6 +190,10 @@ def test_bad_input_is_one_line_and_exit_code_2(
         ({"per_device_train_batch_size": 6}, "num_generations"),
         ({"per_device_train_batch_size": 36}, "8 prompts, and a rollout takes 9"),
         ({"prompts": "{folder}/long.txt"}, "the training prompts, 0 to 1: prompt and response"),
+        ({"beta": "inf"}, "beta is inf: it must be finite"),
+        ({"temperature": "inf"}, "temperature is inf: it must be positive and finite"),
+        ({"steps_per_generation": 0}, "steps_per_generation is 0: it must be at least 1"),
+        ({"learning_rate": "nan"}, "learning_rate is nan; it must be finite and >= 0"),
         ({"num_iterations": 0}, "num_iterations is 0; it must be at least 1"),
         ({"max_completion_length": 0}, "max_completion_length is 0; it must be at least 1"),
         ({"max_steps": 0}, "max_steps is 0; it must be at least 1"),
@@ -194,9 +212,6 @@ def test_settings_of_rloo_that_cannot_be_trained_with_are_bad_input_too(
 
 @every_command
 def test_a_stopped_run_goes_on_and_refuses_other_settings(command, folders, monkeypatch, capsys):
-    def at_once(self, args, state, control, **kwargs):
-        control.should_save = control.should_training_stop = True
-
     with monkeypatch.context() as stopped:
         stopped.setattr("rlkl.trainers.StopOnInterrupt.on_step_end", at_once)
         assert run(stopped, command, folders) == 130
@@ -206,6 +221,11 @@ def test_a_stopped_run_goes_on_and_refuses_other_settings(command, folders, monk
     assert run(monkeypatch, command, folders) == 0
     assert "going on from" in capsys.readouterr().out
     assert steps_of(folders) == [1, 2]
+    assert run(monkeypatch, command, folders, output_dir=folders / "whole") == 0
+    found, expected = (
+        [untimed(record) for record in lines(folders / name)] for name in ("run", "whole")
+    )
+    assert found == expected
 
 
 @every_command
@@ -228,6 +248,33 @@ def test_a_run_killed_after_its_last_step_measures_and_trains_no_more(
     assert weights == saved
 
 
+@every_command
+def test_a_stopped_run_whose_checkpoint_is_the_model_alone_is_refused(
+    command, folders, monkeypatch, capsys
+):
+    with monkeypatch.context() as stopped:
+        stopped.setattr("rlkl.trainers.StopOnInterrupt.on_step_end", at_once)
+        assert run(stopped, command, folders, save_only_model=True) == 130
+    assert run(monkeypatch, command, folders, save_only_model=True) == 2
+    assert "checkpoint-1 holds no optimiser (save_only_model)" in capsys.readouterr().err
+
+
+# wandb's own code under Python 3.11 and pydantic 2
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+@every_command
+def test_a_run_that_diverges_ends_in_one_line_without_a_checkpoint(
+    command, folders, monkeypatch, capsys
+):
+    settings = {"learning_rate": 1e20, "max_grad_norm": 0, "save_steps": 1, "report_to": "wandb"}
+    assert run(monkeypatch, command, folders, **settings) == 1
+    *_, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: after step ")
+    assert "is not finite" in error
+    assert not list((folders / "run").glob("checkpoint-*"))
+    (code,) = [r.exit.exit_code for r in offline_records(folders / "run") if r.HasField("exit")]
+    assert code == 1  # which W&B shows as failed
+
+
 def once() -> Callable[..., Any]:
     """The evaluation before training works, the one after is interrupted."""
     from rlkl.evaluation import evaluate_policy
@@ -243,7 +290,6 @@ def once() -> Callable[..., Any]:
     return evaluate
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # GPT-2's layers are transposed
 def test_an_adapter_has_its_own_base_as_reference(folders, monkeypatch):
     assert run(monkeypatch, "rloo", folders, use_peft=True, learning_rate=0.01) == 0
     summary = json.loads((folders / "run" / "summary.json").read_text())

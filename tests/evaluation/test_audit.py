@@ -8,8 +8,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from rlkl.evaluation.audit import HT_DRAWS, audit, models_from_json, random_models
-from rlkl.evaluation.audit_page import audit_page, formatted, percent, verdict
+from rlkl.evaluation.audit import HT_DRAWS, Models, audit, models_from_json, random_models
+from rlkl.evaluation.audit_page import audit_page, formatted, percent, verdict, who_sampled_off
 from rlkl.kl import (
     ResponseStatistics,
     TabularLM,
@@ -73,6 +73,25 @@ def test_errors_agree_with_the_claims(record):
             claims = get_estimator(r["estimator"]).claims
             assert (abs(r["value_bias"]) < 1e-12) == claims.unbiased
             assert (r["grad_rel_err"] < 1e-9) == (r["placement"] in claims.exact_gradient)
+
+
+def test_notes_say_exact_of_exact_gradients_alone(record):
+    for r in record["configurations"]:
+        exact = r["note"].startswith("exact")
+        if r["sampling"] == "on":
+            assert (r["grad_rel_err"] < 1e-9) == exact, r["name"]
+        elif exact and "on its own samples" not in r["note"]:
+            assert r["grad_rel_err"] < 1e-9, r["name"]
+        if exact and not r["note"].startswith("exact gradient"):  # the value too
+            assert abs(r["value_bias"]) < 1e-9 or "on its own samples" in r["note"], r["name"]
+
+
+def test_an_older_policy_is_named_only_where_one_sampled(record):
+    assert who_sampled_off(record).startswith("An older policy sampled; its effective sample size")
+    policy, ref = (TabularLM.random(2, 2, eos=None, seed=i) for i in range(2))
+    alone = audit(Models(policy, ref, policy))
+    assert who_sampled_off(alone).startswith("The policy itself sampled again")
+    assert "older policy sampled" not in audit_page(alone)
 
 
 def test_off_policy_only_prefix_weights_stay_exact(record):

@@ -243,3 +243,15 @@ def test_a_critic_on_its_own_trunk_does_not_read_the_policys(lm, make_lm):
     values = critic(hidden, ids, mask)
     torch.testing.assert_close(values[real], critic(torch.zeros_like(hidden), ids, mask)[real])
     torch.testing.assert_close(values[real], critic.head(own).squeeze(-1)[real])
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [("nope", "is not supported"), ("flex_attention", "does not support")],
+)
+def test_an_attention_that_is_not_there_is_refused_by_its_setting(name, complaint):
+    with pytest.raises(ValueError, match=f"^attn_implementation is '{name}': .*{complaint}.*") as e:
+        load_causal_lm(attn_implementation=name)
+    assert str(e.value).endswith("; use eager or sdpa, or leave it out")
+    with pytest.raises(ValueError, match="no such model folder"):
+        load_causal_lm("/no/such", attn_implementation="sdpa")

@@ -1,60 +1,15 @@
 """A training whose numbers are no longer finite ends in words, with its last good checkpoint."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
-from transformers import TrainerCallback
 
 from rlkl.models import check_causal_lm
 from rlkl.trainers import RaoBlackwellPPOTrainer
 from rlkl.trainers.step import StepClock
-from rlkl.trainers.text_trainer import TextTrainer
-
-SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
-
-
-class Breaks(TrainerCallback):
-    """Makes one number of a weight, or of its gradient, nan in the third step."""
-
-    def __init__(self, weight: nn.Parameter, when: str) -> None:
-        self.weight, self.when = weight, when
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 2 and self.when == "gradient":
-            self.weight.register_hook(lambda gradient: gradient * torch.nan)
-        elif state.global_step == 2 and self.when == "before":
-            self.weight.data.view(-1)[0] = torch.nan
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 3 and self.when == "after":
-            self.weight.data.view(-1)[0] = torch.nan
-
-
-def checkpoints(trainer: TextTrainer) -> dict[str, bool]:
-    """By name, whether all weights are finite."""
-    return {
-        folder.name: all(
-            bool(weight.isfinite().all())
-            for file in folder.glob("*.safetensors")
-            for weight in load_file(file).values()
-        )
-        for folder in Path(str(trainer.args.output_dir)).glob("checkpoint-*")
-    }
-
-
-def breaks(trainer: TextTrainer, weight: nn.Parameter, when: str) -> str:
-    """Trains until it breaks: what it says."""
-    trainer.add_callback(Breaks(weight, when))
-    with pytest.raises(FloatingPointError) as error:
-        trainer.train()
-    assert checkpoints(trainer) == {"checkpoint-1": True, "checkpoint-2": True}
-    assert "training has diverged. Begin again with a lower learning_rate" in str(error.value)
-    assert f"{trainer.args.output_dir}/checkpoint-2, the last checkpoint" in str(error.value)
-    return str(error.value)
+from tests.trainers.stopping import SAVING, breaks
 
 
 @pytest.mark.parametrize(
@@ -73,6 +28,7 @@ def breaks(trainer: TextTrainer, weight: nn.Parameter, when: str) -> str:
         ("critic", "gradient", {}, "after step 2 the norm of the critic's gradient is not finite"),
         ("policy", "after", {}, "after step 3 the weight lm_head.weight is not finite (1 of"),
         ("critic", "after", {}, "after step 3 the critic's weight head.bias is not finite (nan)"),
+        ("policy", "too large", {}, "after step 3 what the model says of a few tokens is not fin"),
     ],
 )
 def test_ppo_stops_before_its_next_checkpoint(make_trainer, weight, when, settings, says):
@@ -90,6 +46,7 @@ def test_ppo_stops_before_its_next_checkpoint(make_trainer, weight, when, settin
         ("before", "after step 2 the loss is not finite (nan)"),
         ("gradient", "after step 2 the norm of the gradient is not finite (nan)"),
         ("after", "after step 3 the weight transformer.wte.weight is not finite (1 of"),
+        ("too large", "after step 3 what the model says of a few tokens is not finite"),
     ],
 )
 def test_distillation_stops_before_its_next_checkpoint(make_distiller, when, says):

@@ -6,20 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from rlkl.trainers import PPOTrainer, RaoBlackwellPPOTrainer
 from rlkl.trainers.resume import check_settings, last_checkpoint
+from tests.trainers.stopping import StopAfter, lines, untimed
 
+BY_EPOCH = {f"{what}_strategy": "epoch" for what in ("logging", "eval", "save")}
 ADAPTIVE = {"kl_target": 0.5, "kl_horizon": 50, "kl_coef": 0.2}
-
-
-def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
-
-
-def untimed(record: dict) -> dict:
-    return {k: v for k, v in record.items() if not k.startswith(("time/", "train_"))}
 
 
 def step_records(folder: Path) -> list[dict]:
@@ -153,17 +146,6 @@ def test_the_adaptive_coefficient_rises_above_its_target_and_falls_below(make_tr
         assert (third > second) == rises
 
 
-class StopAfter(TrainerCallback):
-    """Ends training after a step with a checkpoint, as Ctrl-C does."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            control.should_save = control.should_training_stop = True
-
-
 @pytest.mark.parametrize("method", ["ppo", "distill"])
 @pytest.mark.parametrize(
     ("settings", "stop"),
@@ -171,6 +153,8 @@ class StopAfter(TrainerCallback):
         ({"logging_steps": 3}, 4),
         ({"logging_steps": 4, "dataloader_drop_last": False}, 3),
         ({"logging_strategy": "epoch", "per_device_train_batch_size": 4}, 3),  # an epoch's end
+        ({"logging_strategy": "epoch", "per_device_train_batch_size": 4}, 4),  # within an epoch
+        ({"per_device_train_batch_size": 4} | BY_EPOCH, 4),
         (
             {
                 "logging_steps": 3,
@@ -184,11 +168,11 @@ class StopAfter(TrainerCallback):
     ids=str,
 )
 def test_the_records_of_a_run_do_not_tell_where_it_was_stopped(
-    make_trainer, make_distiller, tmp_path, method, settings, stop
+    make_trainer, make_distiller, pairs, tmp_path, method, settings, stop
 ):
     """Those that average several steps neither."""
     make = make_trainer if method == "ppo" else make_distiller
-    settings = {"max_steps": 7} | settings
+    settings = {"max_steps": 7, "eval_dataset": pairs} | settings
     whole = make(output_dir=str(tmp_path / "whole"), **settings)
     whole.train()
     stopped = make(output_dir=str(tmp_path / "part"), **settings)

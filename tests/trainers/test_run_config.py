@@ -51,6 +51,10 @@ def test_a_batch_is_not_multiplied_by_the_number_of_gpus(make_config, make_lm, t
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; it must be at lea"),
         ({"learning_rate": float("nan")}, "learning_rate is nan; it must be finite and >= 0"),
         ({"learning_rate": -1.0}, r"learning_rate is -1\.0; it must be finite and >= 0"),
+        ({"weight_decay": float("inf")}, "weight_decay is inf; it must be finite and >= 0"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm is nan; 0 does not clip"),
+        ({"num_train_epochs": float("nan")}, "num_train_epochs is nan; it must be finite"),
+        ({"fp16": True, "use_cpu": True}, "fp16 has no effect on a CPU: leave it out, or set bf16"),
     ],
 )
 def test_settings_that_the_training_would_stop_on_or_not_follow_are_refused(

@@ -1,9 +1,11 @@
 """W&B without a key: it never asks, writes below the output folder, and mirrors the files."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 import wandb
 from transformers import TrainerCallback
 
@@ -93,6 +95,17 @@ def test_a_new_training_in_the_same_folder_is_a_run_of_its_own(make_trainer, tmp
         make_trainer(report_to=["wandb"], max_steps=1).train()
         ids.append((tmp_path / "run" / "wandb_run_id.txt").read_text())
     assert ids[0] != ids[1]
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_run_that_raises_is_failed(make_distiller, tmp_path, fails):
+    trainer = make_distiller(report_to=["wandb"], max_steps=1)
+    if fails:
+        trainer.model.transformer.wte.weight.data[:] = torch.nan
+    with pytest.raises(FloatingPointError) if fails else nullcontext():
+        trainer.train()
+    records = offline_records(tmp_path / "run")
+    assert [r.exit.exit_code for r in records if r.HasField("exit")] == [int(fails)]
 
 
 @pytest.mark.parametrize("config", [PPOConfig, DistillConfig])

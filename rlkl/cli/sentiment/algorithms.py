@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
 from trl import ModelConfig
 
 from rlkl.cli.sentiment.settings import GRPOArguments, RLOOArguments, SentimentArguments
 from rlkl.trainers import PPOConfig, PPOTrainer, RaoBlackwellPPOTrainer
+from rlkl.trainers.guarded_trainer import GuardedTrainer
 
 _HERE = Path(__file__).parent
 
@@ -31,7 +31,7 @@ class Algorithm:
     """What the YAML and the command line may set."""
     defaults: str
     """The YAML that holds where no other is given."""
-    trainer_class: Callable[[Any], Callable[..., Trainer]]
+    trainer_class: Callable[[Any], Callable[..., GuardedTrainer]]
     """The trainer, by its settings."""
     kl_term: Callable[[Any], KLTerm]
     """Of a trainer."""
@@ -39,8 +39,6 @@ class Algorithm:
     """The longest response in tokens, by the settings."""
     max_prompt_length: Callable[[Any], int | None]
     """The longest prompt in tokens, likewise; None: any."""
-    prompts_of_a_rollout: Callable[[Any], int]
-    """How many different prompts a rollout takes, likewise."""
     step: str
     """What a point of the plot is."""
     labels: tuple[str, ...] = ()
@@ -51,13 +49,13 @@ def _ppo_trainer(args: PPOConfig) -> type[PPOTrainer]:
     return RaoBlackwellPPOTrainer if args.kl_estimator in (None, "rb") else PPOTrainer
 
 
-def _rloo_trainer(args: RLOOArguments) -> Callable[..., Trainer]:
+def _rloo_trainer(args: RLOOArguments) -> Callable[..., GuardedTrainer]:
     from rlkl.trainers.trl import RaoBlackwellRLOOTrainer  # TRL's trainers are slow to import
 
     return RaoBlackwellRLOOTrainer
 
 
-def _grpo_trainer(args: GRPOArguments) -> Callable[..., Trainer]:
+def _grpo_trainer(args: GRPOArguments) -> Callable[..., GuardedTrainer]:
     from rlkl.trainers.trl import RaoBlackwellGRPOTrainer
 
     return RaoBlackwellGRPOTrainer
@@ -67,7 +65,7 @@ def _ppo_kl_term(trainer: PPOTrainer) -> KLTerm:
     return KLTerm(trainer.estimator.name, str(trainer.placement))
 
 
-def _exact_in_both(trainer: Trainer) -> KLTerm:
+def _exact_in_both(trainer: GuardedTrainer) -> KLTerm:
     return KLTerm("rb", "both")
 
 
@@ -79,7 +77,6 @@ PPO = Algorithm(
     kl_term=_ppo_kl_term,
     response_length=lambda args: args.response_length,
     max_prompt_length=lambda args: args.max_prompt_length,
-    prompts_of_a_rollout=lambda args: args.per_device_train_batch_size,
     step="one rollout, all its epochs",
 )
 RLOO = Algorithm(
@@ -90,7 +87,6 @@ RLOO = Algorithm(
     kl_term=_exact_in_both,
     response_length=lambda args: args.max_completion_length,
     max_prompt_length=lambda args: None,
-    prompts_of_a_rollout=lambda args: args.generation_batch_size // args.num_generations,
     step="one update; a point for each rollout",
     labels=("rloo",),
 )
@@ -102,7 +98,6 @@ GRPO = Algorithm(
     kl_term=_exact_in_both,
     response_length=lambda args: args.max_completion_length,
     max_prompt_length=lambda args: None,
-    prompts_of_a_rollout=lambda args: args.generation_batch_size // args.num_generations,
     step="one update; a point for each rollout",
     labels=("grpo",),
 )

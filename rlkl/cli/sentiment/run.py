@@ -11,10 +11,10 @@ import torch
 import wandb
 from rich.console import Console
 from transformers import PrinterCallback
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig
 
 from reward_models import EMBEDDED_JUDGE, SentimentReward
-from rlkl.cli.errors import check_writable, refusing_bad_input
+from rlkl.cli.errors import check_writable, ending_where_it_diverges, refusing_bad_input
 from rlkl.cli.json_output import console_beside, write_json
 from rlkl.cli.quiet import quiet_libraries
 from rlkl.cli.sentiment.algorithms import Algorithm
@@ -23,7 +23,7 @@ from rlkl.cli.sentiment.plot import plot_training
 from rlkl.cli.sentiment.results import read_metrics, sample_table, summarise_run
 from rlkl.cli.sentiment.settings import SentimentArguments
 from rlkl.cli.sentiment.tables import print_samples, print_summary
-from rlkl.cli.settings import SettingsParser, set_threads, weights_dtype
+from rlkl.cli.settings import SettingsParser, adapter_of, set_threads, weights_dtype
 from rlkl.data import EMBEDDED_EVAL_PROMPTS, EMBEDDED_TRAIN_PROMPTS, load_prompts
 from rlkl.evaluation import Evaluation
 from rlkl.models import check_same_tokenizer, frozen_copy, load_causal_lm, load_tokenizer
@@ -47,7 +47,8 @@ def run(algorithm: Algorithm, description: str | None, default_config: str) -> N
         default_config: the YAML that holds without ``--config``.
 
     Raises:
-        SystemExit: 2 for bad input, 130 where training was stopped; the same command then goes on.
+        SystemExit: 2 for bad input, 1 where training diverges, 130 where it was stopped; the same
+            command then goes on.
     """
     with refusing_bad_input():
         parser = SettingsParser(algorithm.settings, description=description)
@@ -82,11 +83,16 @@ def _run(
         checkpoint = of_first(
             checkpoint_to_resume(output_dir, settings, console) if first else None
         )
+        if checkpoint is not None:
+            trainer.check_checkpoint(checkpoint)
 
     kl = algorithm.kl_term(trainer)
     labels = [*algorithm.labels, kl.estimator, kl.placement]
     tags, resume = ["sentiment", *labels], checkpoint is not None
-    with wandb_run(args, settings, group="-".join(labels), tags=tags, resume=resume):
+    with (
+        ending_where_it_diverges(),
+        wandb_run(args, settings, group="-".join(labels), tags=tags, resume=resume),
+    ):
 
         def evaluate(label: str) -> Evaluation:
             console.print(f"[dim]{label}: {len(held_out.prompts)} held-out prompts[/dim]")
@@ -163,12 +169,6 @@ def _prepare(
     judge = SentimentReward(task.judge_model or EMBEDDED_JUDGE)
     train_prompts = load_prompts(task.prompts or EMBEDDED_TRAIN_PROMPTS)
     eval_prompts = load_prompts(task.eval_prompts or EMBEDDED_EVAL_PROMPTS)
-    needed = algorithm.prompts_of_a_rollout(args)
-    if len(train_prompts) < needed:  # TRL's loop would take no step
-        raise ValueError(
-            f"{len(train_prompts)} prompts, and a rollout takes {needed}; give more prompts or a "
-            "smaller batch"
-        )
     held_out = HeldOut(
         list(eval_prompts["prompt"])[: task.num_eval_prompts],
         tokenizer,
@@ -190,11 +190,12 @@ def _prepare(
         train_dataset=train_prompts,
         processing_class=tokenizer,
         ref_model=ref,
-        peft_config=get_peft_config(model_args),
+        peft_config=adapter_of(model_args, policy),
         judges={"held_out": judge},
         callbacks=[RichProgress(console, algorithm.title), StopOnInterrupt()],
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.check_optimiser()
     return trainer, held_out
 
 

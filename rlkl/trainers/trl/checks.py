@@ -7,6 +7,7 @@ from torch import nn
 from trl import GRPOConfig, RLOOConfig
 
 from rlkl.models.language_model import trunk_of
+from rlkl.trainers.run_config import check_fp16, check_training
 
 
 def check_settings(args: RLOOConfig | GRPOConfig) -> None:
@@ -39,9 +40,11 @@ def check_settings(args: RLOOConfig | GRPOConfig) -> None:
         "temperature": (0 < args.temperature < math.inf, "must be positive and finite"),
         "beta": (
             0 <= args.beta < math.inf,
-            "must be at least 0 and finite (0 measures the KL all the same)",
+            "must be finite, and at least 0 (0 measures the KL all the same)",
         ),
         "learning_rate": (0 <= args.learning_rate < math.inf, "must be at least 0 and finite"),
+        "num_iterations": (args.num_iterations > 0, "must be at least 1"),
+        "steps_per_generation": (args.steps_per_generation != 0, "must be at least 1"),
     }
     if isinstance(args, RLOOConfig):
         refused["normalize_advantages"] = (
@@ -71,6 +74,8 @@ def check_settings(args: RLOOConfig | GRPOConfig) -> None:
     for name, (fine, reason) in refused.items():
         if not fine:
             raise ValueError(f"{name} is {getattr(args, name)!r}: it {reason}")
+    check_training(args)
+    check_fp16(args)
     if args.world_size > 1 or args.deepspeed is not None or args.fsdp:
         raise ValueError(
             "rlkl's trainers run in one process, without DeepSpeed and FSDP: the exact KL reads "

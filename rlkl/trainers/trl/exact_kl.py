@@ -2,23 +2,18 @@
 
 import copy
 import json
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-)
-from transformers.integrations import WandbCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 from trl import GRPOConfig, RLOOConfig
 from trl.data_utils import is_conversational
@@ -45,13 +40,11 @@ from rlkl.rollout import (
     summarise,
     token_statistics,
 )
-from rlkl.trainers.finite import check_finite
-from rlkl.trainers.metrics import MetricsFile
+from rlkl.trainers.guarded_trainer import GuardedTrainer
 from rlkl.trainers.ppo_data import check_models
-from rlkl.trainers.progress import closing_callbacks
-from rlkl.trainers.resume import last_checkpoint, saved_state
-from rlkl.trainers.tracking import WandbMirror, wandb_run
+from rlkl.trainers.tracking import wandb_run
 from rlkl.trainers.trl.checks import check_deterministic, check_settings
+from rlkl.trainers.trl.order import OrderOfEpoch
 from rlkl.trainers.trl.rewards import as_reward_function
 
 
@@ -77,7 +70,11 @@ def future_kl_above_group(kl: Tensor, mask: Tensor, group_size: int) -> Tensor:
     return future - torch.cat([leave_one_out_mean(*group) for group in groups])
 
 
-class ExactTokenKL(Trainer, ABC):
+_ROLLOUT = "rollout.pt"
+"""In a checkpoint: what TRL has in memory alone."""
+
+
+class ExactTokenKL(GuardedTrainer):
     """The layer between TRL's trainer and one of ours. `kl_coef` is TRL's beta.
 
     TRL's own KL is switched off (its beta is 0 to its own methods). A rollout is measured once, by
@@ -87,16 +84,22 @@ class ExactTokenKL(Trainer, ABC):
     from there: with positions that count real tokens only, in float32, without dropout.
     """
 
+    if_diverged: ClassVar[str] = "a lower learning_rate or a larger beta"
+
     # TRL's, which has no types for them
-    model: PreTrainedModel | PeftModel
+    args: Any
     temperature: float
     num_generations: int
     num_generations_eval: int
+    num_iterations: int
+    current_gradient_accumulation_steps: int
     reward_weights: Tensor
     eos_token_ids: list[int]
     aux_loss_enabled: bool
     processing_class: PreTrainedTokenizerBase
     _metrics: dict[str, dict[str, list[float]]]
+    _step: int
+    _buffered_inputs: list[dict[str, Any]] | None
     _tag_names: list[str]
 
     def __init__(
@@ -116,6 +119,14 @@ class ExactTokenKL(Trainer, ABC):
         judges: Mapping[str, RewardModel] | None = None,
     ) -> None:
         check_settings(args)
+        assert args.generation_batch_size is not None  # TRL's settings choose it
+        assert args.num_generations is not None
+        needed = args.generation_batch_size // args.num_generations
+        if isinstance(train_dataset, Dataset) and len(train_dataset) < needed:
+            raise ValueError(  # TRL's loop would take no step
+                f"{len(train_dataset)} prompts, and a rollout takes {needed}; give more prompts or "
+                "a smaller batch"
+            )
         without_kl = copy.copy(args)
         without_kl.beta = 0.0
         rewards = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
@@ -127,7 +138,7 @@ class ExactTokenKL(Trainer, ABC):
             "eval_dataset": eval_dataset,
             "processing_class": processing_class,
             "reward_processing_classes": reward_processing_classes,
-            "callbacks": [*(callbacks or []), MetricsFile()],
+            "callbacks": callbacks,
             "optimizers": optimizers,
             "quantization_config": quantization_config,
             "peft_config": peft_config,
@@ -155,42 +166,61 @@ class ExactTokenKL(Trainer, ABC):
         check_models(policy, ref_model, self.processing_class, args)
         self.ref_model = None if ref_model is None else ref_model.to(self.args.device).eval()
         self.judges = dict(judges or {})
-        if self.pop_callback(WandbCallback) is not None:
-            self.add_callback(WandbMirror)
         self._joint: TokenRecord | TokenStats | None = None
         self._scored: tuple[list[Any], Tensor] = [], torch.zeros(0)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Trainer.train, in a W&B run where ``report_to`` names wandb: offline without a key.
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches of a pass over the prompts, each rollout as many times as it is trained on."""
+        return len(self.get_train_dataloader())
 
-        Args:
-            resume_from_checkpoint: its folder, or True for the last one in ``output_dir``. TRL's
-                random numbers go on from there, and its order of prompts after the first epoch
-                does not.
-            kwargs: those of Trainer.train.
-
-        Raises:
-            ValueError: True, and ``output_dir`` holds no whole checkpoint.
-            FloatingPointError: training has diverged.
-        """
-        folder = Path(str(self.args.output_dir))
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(folder)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"{folder} holds no whole checkpoint to go on from")
-        if resume_from_checkpoint and self.args.max_steps > 0:
-            state = saved_state(resume_from_checkpoint)
-            if state.global_step >= self.args.max_steps:  # the Trainer would take another step
-                self._load_from_checkpoint(resume_from_checkpoint)
-                self.state = state
-                return TrainOutput(state.global_step, 0.0, {})
+    def tracked(self, resume: bool = False) -> AbstractContextManager[None]:
+        """The W&B run, of the group that method and KL name."""
         tags = [*self._tag_names, "rb", "both"]
-        resumed = bool(resume_from_checkpoint)
-        with (
-            wandb_run(self.args, self.args.to_dict(), "-".join(tags[-3:]), tags, resumed),
-            closing_callbacks(self),
-        ):
-            return super().train(resume_from_checkpoint, **kwargs)
+        return wandb_run(self.args, self.args.to_dict(), "-".join(tags[-3:]), tags, resume)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """GuardedTrainer.train; the rollout of a training before this one is not trained on."""
+        self._step, self._buffered_inputs = 0, None
+        self._metrics["train"].clear()
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """TRL's, its loss noted: the Trainer forgets it where a run is stopped between two logs."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        share = float(loss) * self.current_gradient_accumulation_steps
+        self.noted["steps"].append({"loss": share})
+        return loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model; in a checkpoint also the rollout that is not used up, with metrics."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call:
+            updates = self.args.steps_per_generation * self.num_iterations
+            state = {
+                "step": self._step,
+                "rollout": self._buffered_inputs if self._step % updates else None,
+                "metrics": {} if self._logs_next() else dict(self._metrics["train"]),
+            }
+            torch.save(state, Path(str(output_dir)) / _ROLLOUT)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        file = Path(resume_from_checkpoint) / _ROLLOUT
+        if file.is_file():
+            state = torch.load(file, map_location=self.args.device, weights_only=True)
+            self._step, self._buffered_inputs = state["step"], state["rollout"]
+            self._metrics["train"].update(state["metrics"])
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> OrderOfEpoch:
+        return OrderOfEpoch(super()._get_train_sampler(dataset))  # pyright: ignore[reportArgumentType]
 
     def create_model_card(self, *given: Any, **named: Any) -> None:
         """None: TRL's names TRL's method, which this is not."""
@@ -203,6 +233,19 @@ class ExactTokenKL(Trainer, ABC):
             return super()._tokenize_prompts(prompts)  # pyright: ignore[reportAttributeAccessIssue]
         ids, mask = encode_prompts(self.processing_class, prompts)
         return [row[real].tolist() for row, real in zip(ids, mask, strict=True)], None, {}
+
+    def _generate_single_turn(self, *given: Any, **named: Any) -> Any:
+        """TRL's, which would draw from logits that are no numbers until torch refuses."""
+        head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
+        watch = head.register_forward_hook(
+            lambda _head, _states, logits: self.check_finite(
+                "the policy's largest logit", logits[:, -1].amax(-1)
+            )
+        )
+        try:
+            return super()._generate_single_turn(*given, **named)  # pyright: ignore[reportAttributeAccessIssue]
+        finally:
+            watch.remove()
 
     def _calculate_rewards(
         self,
@@ -229,9 +272,7 @@ class ExactTokenKL(Trainer, ABC):
             self._joint = self._measure(*_inputs(batch))
         tokens = self._joint
         assert isinstance(tokens, TokenRecord)
-        remedy = "a lower learning_rate or a larger beta"
-        folder = Path(str(self.args.output_dir))
-        check_finite("the policy's log π(y_t|h_t)", tokens.policy_logp, self.state, folder, remedy)
+        self.check_finite("the policy's log π(y_t|h_t)", tokens.policy_logp)
         self._report([row["prompt"] for row in inputs], batch, tokens)
         return self.with_kl(batch, tokens)
 

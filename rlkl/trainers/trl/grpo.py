@@ -38,7 +38,6 @@ class RaoBlackwellGRPOTrainer(ExactTokenKL, GRPOTrainer):
 
     args: GRPOConfig
     max_completion_length: int
-    current_gradient_accumulation_steps: int
 
     def with_kl(self, batch: dict[str, Any], tokens: TokenRecord) -> dict[str, Any]:
         """A rollout's batch, with the reference's states, and advantages [B, T] less the KL."""

@@ -26,6 +26,8 @@ from tests.trainers.trl.cases import both_trainers
         ("beta", -0.1),
         ("beta", float("inf")),
         ("learning_rate", float("nan")),
+        ("num_iterations", 0),
+        ("steps_per_generation", 0),
     ],
 )
 def test_settings_that_change_the_gradient_are_refused(
@@ -53,6 +55,14 @@ def test_grpos_ways_to_drop_or_reweigh_tokens_are_refused(make_trl_trainer, sett
 def test_rloos_normalised_advantages_are_refused(make_trl_trainer):
     with pytest.raises(ValueError, match="normalize_advantages is True: it divides the score"):
         make_trl_trainer(RaoBlackwellRLOOTrainer, normalize_advantages=True)
+
+
+@both_trainers
+def test_fp16_on_a_cpu_and_too_few_prompts_are_refused(make_trl_trainer, prompts, trainer_class):
+    with pytest.raises(ValueError, match="fp16 has no effect on a CPU: leave it out, or set bf16"):
+        make_trl_trainer(trainer_class, fp16=True)
+    with pytest.raises(ValueError, match="1 prompts, and a rollout takes 2; give more prompts or"):
+        make_trl_trainer(trainer_class, train_dataset=prompts.select([0]))
 
 
 @both_trainers
