@@ -19,7 +19,7 @@ from rlkl.models.reference import (
     keep_adapter,
     reference_model,
 )
-from rlkl.models.tokenizers import check_same_tokenizer, load_tokenizer
+from rlkl.models.tokenizers import check_same_tokenizer, load_tokenizer, model_and_tokenizer
 
 __all__ = [
     "EMBEDDED_LM",
@@ -39,6 +39,7 @@ __all__ = [
     "load_causal_lm",
     "load_pair",
     "load_tokenizer",
+    "model_and_tokenizer",
     "output_head",
     "position_ids",
     "recomputing",

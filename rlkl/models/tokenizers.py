@@ -3,9 +3,10 @@
 import os
 from typing import cast
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlkl.models.language_model import model_source, reading_model
+from rlkl.models.language_model import causal_lm, load_causal_lm, model_source, reading_model
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str] | None = None) -> PreTrainedTokenizerBase:
@@ -34,6 +35,21 @@ def load_tokenizer(name_or_path: str | os.PathLike[str] | None = None) -> PreTra
             raise ValueError(f"the tokenizer of {source} has neither pad nor eos token")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def model_and_tokenizer(
+    model: str | PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """A causal LM and its tokenizer, loaded where a name or nothing is given for them.
+
+    Raises:
+        ValueError: a model that was not loaded by a name, without its tokenizer.
+    """
+    name = model if isinstance(model, str) else causal_lm(model).config.name_or_path
+    if tokenizer is None and not name:
+        raise ValueError("processing_class is missing: pass the model's tokenizer")
+    loaded = load_causal_lm(model) if isinstance(model, str) else model
+    return loaded, tokenizer or load_tokenizer(name)
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

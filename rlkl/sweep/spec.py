@@ -27,7 +27,7 @@ EVALUATED_FIELDS = (
 """Settings of a recipe that define what is measured: one value for all the cells of a sweep."""
 
 OWN_FIELDS = ("output_dir", "seed", "wandb_group", "wandb_run_id", "wandb_arm")
-OWN_FIELDS += ("keep_checkpoints", "config")
+OWN_FIELDS += ("keep_checkpoints", "config", "json")
 """Settings that the sweep itself gives to a cell."""
 
 STRENGTH = "kl_coef"

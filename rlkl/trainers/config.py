@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
+from rlkl.kl import AdaptiveKLCoefficient, FixedKLCoefficient, KLCoefficient
 from rlkl.trainers.run_config import RunArguments
 
 
@@ -164,11 +165,18 @@ class PPOConfig(RunArguments):
                 f"micro_batch_size={micro}"
             )
 
-        if self.kl_target is not None and self.kl_horizon <= self.responses_per_step:
+        step = self.responses_per_step * self.world_size
+        if self.kl_target is not None and self.kl_horizon <= step:
             raise ValueError(
                 f"kl_horizon is {self.kl_horizon}; an adaptive β moves by up to 20% in as many "
-                f"responses: use more than a step's {self.responses_per_step}"
+                f"responses: use more than a step's {step}"
             )
+
+    def kl_coefficient(self) -> KLCoefficient:
+        """β: `kl_coef`, or what is adapted from there towards `kl_target`."""
+        if self.kl_target is None:
+            return FixedKLCoefficient(self.kl_coef)
+        return AdaptiveKLCoefficient(self.kl_coef, self.kl_target, self.kl_horizon)
 
     @property
     def responses_per_step(self) -> int:

@@ -12,7 +12,15 @@ from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from rlkl.kl import TokenStats, fused_logp_loss, fused_token_loss, future_kl
 from rlkl.kl.chunked import vocabulary_of
-from rlkl.models import check_apart, check_causal_lm, output_head, recomputing, response_hidden
+from rlkl.models import (
+    check_apart,
+    check_causal_lm,
+    load_causal_lm,
+    model_and_tokenizer,
+    output_head,
+    recomputing,
+    response_hidden,
+)
 from rlkl.models.language_model import check_positions
 from rlkl.rl import leave_one_out_mean
 from rlkl.rollout import Responses, sample_responses
@@ -63,13 +71,13 @@ class DistillTrainer(TextTrainer):
     the adaptive divergence: Wu et al. (2024), https://arxiv.org/abs/2404.02657.
 
     Args:
-        model: the student, a causal LM or one with a PEFT adapter. It is used without dropout.
-        teacher_model: any causal LM of the same tokenizer; it is frozen. In float32 or bfloat16, or
-            in any precision without ``bf16``.
+        model: the student, a causal LM, its name, or one with a PEFT adapter. No dropout.
+        teacher_model: any causal LM of the same tokenizer, or its name; it is frozen. In float32 or
+            bfloat16, or in any precision without ``bf16``.
         args: settings.
         train_dataset: columns ``prompt`` and ``completion`` (the loss is on the completion alone),
             ``prompt`` alone where all responses are sampled, or ``text``.
-        processing_class: the tokenizer of both.
+        processing_class: the tokenizer of both; None loads it by the student's name.
         eval_dataset: likewise, for `evaluate`; or several sets by name.
         peft_config: puts this adapter on the student.
         callbacks: further transformers callbacks.
@@ -92,15 +100,19 @@ class DistillTrainer(TextTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel,
-        teacher_model: PreTrainedModel,
+        model: str | PreTrainedModel | PeftModel,
+        teacher_model: str | PreTrainedModel,
         args: DistillConfig,
         train_dataset: Dataset,
-        processing_class: PreTrainedTokenizerBase,
+        processing_class: PreTrainedTokenizerBase | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
+        model, processing_class = model_and_tokenizer(model, processing_class)
+        teacher_model = (
+            load_causal_lm(teacher_model) if isinstance(teacher_model, str) else teacher_model
+        )
         if peft_config is not None and isinstance(model, PeftModel):
             raise ValueError("the model has an adapter already: leave peft_config out")
         if peft_config is not None:

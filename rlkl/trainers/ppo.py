@@ -22,9 +22,6 @@ from transformers import (
 
 from reward_models import RewardModel
 from rlkl.kl import (
-    AdaptiveKLCoefficient,
-    FixedKLCoefficient,
-    KLCoefficient,
     KLPlacement,
     RaoBlackwellEstimator,
     SampledEstimator,
@@ -33,7 +30,14 @@ from rlkl.kl import (
     prefix_weights,
     response_weights,
 )
-from rlkl.models import Critic, enable_checkpointing, frozen_copy, hidden_size, recomputing
+from rlkl.models import (
+    Critic,
+    enable_checkpointing,
+    frozen_copy,
+    hidden_size,
+    model_and_tokenizer,
+    recomputing,
+)
 from rlkl.rl import clipped_value_loss
 from rlkl.rollout import (
     PolicyPass,
@@ -46,13 +50,17 @@ from rlkl.rollout import (
     scatter_tokens,
     token_statistics,
 )
-from rlkl.rollout.collect import SumOfRewards
 from rlkl.rollout.randomness import generator_of
 from rlkl.rollout.summary import summarise
 from rlkl.trainers.advantages import Advantages, rollout_advantages
 from rlkl.trainers.config import PPOConfig
 from rlkl.trainers.policy_loss import PolicyLoss
-from rlkl.trainers.ppo_data import check_models, check_prompt_data, check_reference_stays
+from rlkl.trainers.ppo_data import (
+    as_reward_model,
+    check_models,
+    check_prompt_data,
+    check_reference_stays,
+)
 from rlkl.trainers.processes import (
     add_gradients,
     process_place,
@@ -87,12 +95,13 @@ class PPOTrainer(TextTrainer):
     2017), https://arxiv.org/abs/1707.06347.
 
     Args:
-        model: the policy, a causal LM or one with a PEFT adapter. It is used without dropout.
-        reward_funcs: a reward model, or several whose scores are added; see `reward_models`.
+        model: the policy, a causal LM, its name, or one with a PEFT adapter. No dropout.
+        reward_funcs: a reward model (see `reward_models`), TRL's kind of function, or several
+            whose scores are added.
         args: settings.
         train_dataset: prompts, in a column ``prompt``.
         eval_dataset: prompts for `evaluate`, or several sets of them by name.
-        processing_class: the policy's tokenizer. Reward models bring their own.
+        processing_class: the policy's tokenizer; None loads it by the policy's name.
         ref_model: the reference; None takes a frozen copy of the policy as it is now, or, with an
             adapter, the policy with the adapter off, which needs no second copy.
         peft_config: puts this adapter on the policy.
@@ -121,11 +130,11 @@ class PPOTrainer(TextTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel,
+        model: str | PreTrainedModel | PeftModel,
         reward_funcs: RewardModel | Sequence[RewardModel],
         args: PPOConfig,
         train_dataset: Dataset,
-        processing_class: PreTrainedTokenizerBase,
+        processing_class: PreTrainedTokenizerBase | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         ref_model: nn.Module | None = None,
         peft_config: PeftConfig | None = None,
@@ -140,6 +149,7 @@ class PPOTrainer(TextTrainer):
                 f"kl_estimator is {self.estimator.name}, which is for measuring: train with rb, "
                 "exact and no dearer, or with a sampled estimator"
             )
+        model, processing_class = model_and_tokenizer(model, processing_class)
         if peft_config is not None and isinstance(model, PeftModel):
             raise ValueError("the model has an adapter already: leave peft_config out")
         if peft_config is not None:
@@ -166,15 +176,11 @@ class PPOTrainer(TextTrainer):
         if own_trunk is not None and args.activation_checkpointing:
             enable_checkpointing(own_trunk, "the value model")
         self.critic = Critic(hidden_size(model), own_trunk)
-        self.reward = (
-            SumOfRewards(reward_funcs) if isinstance(reward_funcs, Sequence) else reward_funcs
-        )
-        self.judges = dict(judges or {})
-        self.kl_coefficient: KLCoefficient = (
-            FixedKLCoefficient(args.kl_coef)
-            if args.kl_target is None
-            else AdaptiveKLCoefficient(args.kl_coef, args.kl_target, args.kl_horizon)
-        )
+        self.reward = as_reward_model(reward_funcs)
+        self.judges = {
+            name: as_reward_model(each, "judges") for name, each in (judges or {}).items()
+        }
+        self.kl_coefficient = args.kl_coefficient()
         super().__init__(model, args, train_dataset, processing_class, eval_dataset, callbacks)
         self.critic.to(args.device)
         if self.ref_model is not None:

@@ -1,10 +1,16 @@
 """What PPO reads, checked whole before any work: prompts, and the models that are to read them."""
 
+import inspect
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, cast
+
 from datasets import Dataset
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from reward_models import RewardModel
 from rlkl.data import check_prompts
 from rlkl.kl import ModuleHead
 from rlkl.kl.chunked import vocabulary_of
@@ -12,6 +18,7 @@ from rlkl.models import check_apart, check_causal_lm, check_reference, output_he
 from rlkl.models.language_model import check_positions
 from rlkl.models.tokenizers import padding_id
 from rlkl.rollout import encode_prompts
+from rlkl.rollout.collect import SumOfRewards
 from rlkl.trainers.config import PPOConfig
 from rlkl.trainers.text_trainer import check_rows, check_weights
 
@@ -53,6 +60,45 @@ def check_prompt_data(
         except ValueError as error:
             end = begin + len(prompts) - 1
             raise ValueError(f"{which}, rows {begin} to {end}: {error}") from error
+
+
+def as_reward_model(reward: Any, which: str = "reward_funcs") -> RewardModel:
+    """A reward model; a function of TRL's kind, (prompts, completions, **columns), is one too, and
+    a list of either: their scores are added.
+
+    Raises:
+        ValueError: it can be called neither way.
+    """
+    if isinstance(reward, list | tuple):
+        return SumOfRewards([as_reward_model(each, which) for each in reward])
+    if not callable(reward):
+        raise ValueError(f"{which} has a {type(reward).__name__}: pass reward models")
+    signature = inspect.signature(reward)
+    of_trl = "completions" in signature.parameters
+    for texts in (("prompts", "completions"), ("completions",)):
+        if of_trl and _takes(signature, **dict.fromkeys(texts)):
+            return partial(_as_trl_calls, reward, texts)
+    if of_trl or not _takes(signature, None, None):
+        raise ValueError(
+            f"{which} has a function of ({', '.join(signature.parameters)}): give it the "
+            "parameters (prompts, responses), or TRL's (prompts, completions, **columns)"
+        )
+    return cast(RewardModel, reward)
+
+
+def _takes(signature: inspect.Signature, *given: Any, **named: Any) -> bool:
+    try:
+        signature.bind(*given, **named)
+    except TypeError:
+        return False
+    return True
+
+
+def _as_trl_calls(
+    reward: Any, texts: Sequence[str], prompts: Sequence[str], responses: Sequence[str]
+) -> Tensor:
+    given = {"prompts": list(prompts), "completions": list(responses)}
+    return reward(**{name: given[name] for name in texts})
 
 
 def check_models(

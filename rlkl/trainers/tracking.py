@@ -69,7 +69,7 @@ def wandb_run(
         project=names.wandb_project,
         name=args.run_name,
         group=names.wandb_group or group,
-        tags=[*tags, *names.wandb_tags],
+        tags=[*tags, *([own] if isinstance(own := names.wandb_tags, str) else own)],
         config=config,
         dir=str(folder),
         id=names.wandb_run_id or id_file.read_text(),

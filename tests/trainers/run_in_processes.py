@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, RLOOConfig
 
 from reward_models import LexiconReward
 from rlkl.rollout import Responses
@@ -29,6 +30,7 @@ from rlkl.trainers import (
     StopOnInterrupt,
 )
 from rlkl.trainers.processes import of_all
+from rlkl.trainers.trl import RaoBlackwellGRPOTrainer, RaoBlackwellRLOOTrainer
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 BEGINNINGS = ("the film", "a plot", "I found it", "it", "so the end", "acting", "this", "saw it")
@@ -40,6 +42,11 @@ SETTINGS = {
     "generations": {"num_ppo_epochs": 1, "num_generations": 2, "whiten_advantages": True},
     "sampled": {"num_ppo_epochs": 1, "kl_estimator": "k1", "kl_placement": "reward"},
 }
+TRL = [
+    ("rloo", RaoBlackwellRLOOTrainer, RLOOConfig),
+    ("grpo", RaoBlackwellGRPOTrainer, GRPOConfig),
+]
+TRL_HAS_NOT = ("response_length", "train_sampling_strategy")
 # The first half of either process's rows is a minibatch.
 AS_TWO_PROCESSES_TAKE_THEM = [0, 1, 4, 5, 2, 3, 6, 7]
 
@@ -54,6 +61,24 @@ class PromptwisePPO(RaoBlackwellPPOTrainer):
             generator = generator_of("cpu", self.state.global_step, *prompt.encode())
             parts.append(super().sample([prompt], generator, clock))
         return joined(parts)
+
+
+def by_row(trainer_class: Any) -> Any:
+    """A trainer whose responses depend on their rows in the whole batch and the step alone."""
+
+    class ByRow(trainer_class):
+        """Draws them anyhow: what is done with them is asked."""
+
+        def _generate_single_turn(self, prompt_ids: list[list[int]], *given: Any) -> Any:
+            first = self.args.process_index * len(prompt_ids)
+            drawn = []
+            for row in range(first, first + len(prompt_ids)):
+                generator = generator_of("cpu", self.state.global_step, row)
+                length = int(torch.randint(1, 6, (), generator=generator))
+                drawn.append(torch.randint(1, 30, (length,), generator=generator).tolist())
+            return (drawn, None) if trainer_class is RaoBlackwellGRPOTrainer else drawn
+
+    return ByRow
 
 
 class InterruptsLastProcess(TrainerCallback):
@@ -133,6 +158,26 @@ def main(model_folder: str, output: Path) -> None:
         resumed = ppo("stopped", changes)
         resumed.train(resume_from_checkpoint=True)
         keep(resumed, "stopped", critic=resumed.critic)
+
+    # A group of four is shared by both processes: they have six responses each.
+    for name, trainer_class, config_class in TRL:
+        trainer = by_row(trainer_class)(
+            model=model(),
+            reward_funcs=LexiconReward(),
+            args=config_class(
+                **{k: v for k, v in common(name).items() if k not in TRL_HAS_NOT},
+                per_device_train_batch_size=12 // PROCESSES,
+                num_generations=4,
+                max_completion_length=6,
+                beta=0.3,
+                activation_checkpointing=False,
+                logging_steps=1,
+            ),
+            train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        keep(trainer, name)
 
     teacher = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float64)
     with torch.random.fork_rng(devices=[]):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.trainers.run_in_processes import SETTINGS
+from tests.trainers.run_in_processes import SETTINGS, TRL
 
 SCRIPT = Path(__file__).with_name("run_in_processes.py")
 CLOCKS = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"}
@@ -48,7 +48,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("setting", [*SETTINGS, "distill"])
+@pytest.mark.parametrize("setting", [*SETTINGS, *(name for name, *_ in TRL), "distill"])
 def test_the_weights_are_those_of_one_process(outputs, setting):
     one, two = (torch.load(folder / setting / "weights.pt") for folder in outputs)
     assert one.keys() == two.keys()
@@ -92,6 +92,16 @@ def test_every_measurement_is_that_of_one_process_and_stands_once(outputs, setti
         for folder in outputs
     )
     assert one == two != []
+
+
+@pytest.mark.parametrize("setting", [name for name, *_ in TRL])
+def test_trls_trainers_measure_what_one_process_does(outputs, setting):
+    one, two = (lines(folder / setting / "metrics.jsonl") for folder in outputs)
+    for before, after in zip(one, two, strict=True):
+        assert before.keys() == after.keys()
+        if "kl/rb" in before:  # else the last record
+            for name in ("kl/rb", "kl/rb_se", "kl/k1", "objective/scores", "reward", "grad_norm"):
+                assert after[name] == pytest.approx(before[name], rel=1e-5), name
 
 
 def test_a_distillations_log_is_the_mean_over_processes(outputs):

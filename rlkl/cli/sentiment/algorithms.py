@@ -16,10 +16,11 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class KLTerm:
-    """Which KL is penalised, and where it enters."""
+    """Which KL is penalised, where it enters, and how strongly."""
 
     estimator: str
     placement: str
+    coefficient: float
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,11 @@ def _grpo_trainer(args: GRPOArguments) -> Callable[..., GuardedTrainer]:
 
 
 def _ppo_kl_term(trainer: PPOTrainer) -> KLTerm:
-    return KLTerm(trainer.estimator.name, str(trainer.placement))
+    return KLTerm(trainer.estimator.name, str(trainer.placement), trainer.args.kl_coef)
 
 
-def _exact_in_both(trainer: GuardedTrainer) -> KLTerm:
-    return KLTerm("rb", "both")
+def _exact_in_both(trainer: Any) -> KLTerm:
+    return KLTerm("rb", "both", trainer.kl_coef)
 
 
 PPO = Algorithm(

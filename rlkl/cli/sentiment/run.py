@@ -87,11 +87,12 @@ def _run(
             trainer.check_checkpoint(checkpoint)
 
     kl = algorithm.kl_term(trainer)
+    config = settings | {"kl_coef": kl.coefficient}  # which TRL calls beta
     labels = [*algorithm.labels, kl.estimator, kl.placement]
     tags, resume = ["sentiment", *labels], checkpoint is not None
     with (
         ending_where_it_diverges(),
-        wandb_run(args, settings, group="-".join(labels), tags=tags, resume=resume),
+        wandb_run(args, config, group="-".join(labels), tags=tags, resume=resume),
     ):
 
         def evaluate(label: str) -> Evaluation:

@@ -7,6 +7,7 @@ from torch import nn
 from trl import GRPOConfig, RLOOConfig
 
 from rlkl.models.language_model import trunk_of
+from rlkl.trainers.processes import check_processes
 from rlkl.trainers.run_config import check_fp16, check_training
 
 
@@ -42,7 +43,6 @@ def check_settings(args: RLOOConfig | GRPOConfig) -> None:
             0 <= args.beta < math.inf,
             "must be finite, and at least 0 (0 measures the KL all the same)",
         ),
-        "learning_rate": (0 <= args.learning_rate < math.inf, "must be at least 0 and finite"),
         "num_iterations": (args.num_iterations > 0, "must be at least 1"),
         "steps_per_generation": (args.steps_per_generation != 0, "must be at least 1"),
     }
@@ -76,11 +76,7 @@ def check_settings(args: RLOOConfig | GRPOConfig) -> None:
             raise ValueError(f"{name} is {getattr(args, name)!r}: it {reason}")
     check_training(args)
     check_fp16(args)
-    if args.world_size > 1 or args.deepspeed is not None or args.fsdp:
-        raise ValueError(
-            "rlkl's trainers run in one process, without DeepSpeed and FSDP: the exact KL reads "
-            "heads and hidden states whole"
-        )
+    check_processes(args)
 
 
 @torch.no_grad()

@@ -42,6 +42,13 @@ from rlkl.rollout import (
 )
 from rlkl.trainers.guarded_trainer import GuardedTrainer
 from rlkl.trainers.ppo_data import check_models
+from rlkl.trainers.processes import (
+    add_gradients,
+    of_all,
+    process_place,
+    share_weights,
+    whole_rollout,
+)
 from rlkl.trainers.tracking import wandb_run
 from rlkl.trainers.trl.checks import check_deterministic, check_settings
 from rlkl.trainers.trl.order import OrderOfEpoch
@@ -68,10 +75,6 @@ def future_kl_above_group(kl: Tensor, mask: Tensor, group_size: int) -> Tensor:
     future = future_kl(kl, mask, own_token=False)
     groups = zip(future.split(group_size), mask.split(group_size), strict=True)
     return future - torch.cat([leave_one_out_mean(*group) for group in groups])
-
-
-_ROLLOUT = "rollout.pt"
-"""In a checkpoint: what TRL has in memory alone."""
 
 
 class ExactTokenKL(GuardedTrainer):
@@ -165,6 +168,7 @@ class ExactTokenKL(GuardedTrainer):
         check_deterministic(policy)
         check_models(policy, ref_model, self.processing_class, args)
         self.ref_model = None if ref_model is None else ref_model.to(self.args.device).eval()
+        share_weights(policy, self.ref_model)
         self.judges = dict(judges or {})
         self._joint: TokenRecord | TokenStats | None = None
         self._scored: tuple[list[Any], Tensor] = [], torch.zeros(0)
@@ -191,14 +195,21 @@ class ExactTokenKL(GuardedTrainer):
         inputs: Any,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """TRL's, its loss noted: the Trainer forgets it where a run is stopped between two logs."""
+        """TRL's, its loss noted: the Trainer forgets it where a run is stopped between two logs.
+
+        Of several processes each then has the mean of all gradients.
+        """
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            add_gradients(self.model.parameters(), 1 / self.args.world_size)
         share = float(loss) * self.current_gradient_accumulation_steps
-        self.noted["steps"].append({"loss": share})
+        self.noted["steps"] += of_all({"loss": share})
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the model; in a checkpoint also the rollout that is not used up, with metrics."""
+        """Saves the model; in a checkpoint also what TRL has in memory alone: the rollout that is
+        not used up, and metrics.
+        """
         super().save_model(output_dir, _internal_call)
         if _internal_call:
             updates = self.args.steps_per_generation * self.num_iterations
@@ -207,17 +218,24 @@ class ExactTokenKL(GuardedTrainer):
                 "rollout": self._buffered_inputs if self._step % updates else None,
                 "metrics": {} if self._logs_next() else dict(self._metrics["train"]),
             }
-            torch.save(state, Path(str(output_dir)) / _ROLLOUT)
+            Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
+            torch.save(state, self._rollout_file(str(output_dir)))
+            of_all(None)  # the checkpoint is whole when the first process ends it
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        file = Path(resume_from_checkpoint) / _ROLLOUT
+        file = self._rollout_file(resume_from_checkpoint)
         if file.is_file():
             state = torch.load(file, map_location=self.args.device, weights_only=True)
             self._step, self._buffered_inputs = state["step"], state["rollout"]
             self._metrics["train"].update(state["metrics"])
+
+    def _rollout_file(self, checkpoint: str) -> Path:
+        """Each process has its own."""
+        process = "".join(f"_{index}" for index in process_place(self.args))
+        return Path(checkpoint) / f"rollout{process}.pt"
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> OrderOfEpoch:
         return OrderOfEpoch(super()._get_train_sampler(dataset))  # pyright: ignore[reportArgumentType]
@@ -261,7 +279,9 @@ class ExactTokenKL(GuardedTrainer):
         rewards: Tensor = super()._calculate_rewards(  # pyright: ignore[reportAttributeAccessIssue]
             inputs, prompts, completions, completion_ids_list
         )
-        self._scored = completions, (rewards * self.reward_weights.to(rewards.device)).nansum(1)
+        first = self.args.process_index * len(prompts)  # TRL's are those of all processes
+        own = rewards[first : first + len(prompts)]
+        self._scored = completions, (own * self.reward_weights.to(own.device)).nansum(1)
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -273,17 +293,21 @@ class ExactTokenKL(GuardedTrainer):
         tokens = self._joint
         assert isinstance(tokens, TokenRecord)
         self.check_finite("the policy's log π(y_t|h_t)", tokens.policy_logp)
-        self._report([row["prompt"] for row in inputs], batch, tokens)
-        return self.with_kl(batch, tokens)
+        rollout = self._rollout([row["prompt"] for row in inputs], batch, tokens)
+        whole, first_row = whole_rollout(rollout)  # a group may be shared by processes
+        self._report(whole)
+        group = self.num_generations if self.model.training else self.num_generations_eval
+        cost = future_kl_above_group(whole.tokens.kl, whole.responses.mask, group)
+        own = cost[first_row : first_row + len(rollout), : tokens.kl.shape[1]]
+        batch["ref_hidden"] = tokens.ref_hidden
+        return self.with_kl(batch, own.to(tokens.kl.device))
 
     @abstractmethod
-    def with_kl(self, batch: dict[str, Any], tokens: TokenRecord) -> dict[str, Any]:
-        """A rollout's batch, with what the KL's part of the loss needs of it."""
+    def with_kl(self, batch: dict[str, Any], kl_cost: Tensor) -> dict[str, Any]:
+        """A rollout's batch, with the KL [B, T] that follows each token, in nats.
 
-    def future_cost(self, tokens: TokenRecord, mask: Tensor) -> Tensor:
-        """[B, T] nats: see `future_kl_above_group`."""
-        group = self.num_generations if self.model.training else self.num_generations_eval
-        return future_kl_above_group(tokens.kl, mask, group)
+        See `future_kl_above_group`.
+        """
 
     def _measure(
         self, input_ids: Tensor, attention_mask: Tensor, length: int, batch_size: int | None = None
@@ -299,15 +323,17 @@ class ExactTokenKL(GuardedTrainer):
             gemm_dtype=self._gemm_dtype,
         )
 
-    def _report(self, prompts: Sequence[Any], batch: dict[str, Any], tokens: TokenRecord) -> None:
-        """Notes what PPO's vocabulary has of a rollout, for TRL's next log."""
+    def _rollout(
+        self, prompts: Sequence[Any], batch: dict[str, Any], tokens: TokenRecord
+    ) -> Rollout:
+        """The record of TRL's batch."""
         texts, scores = self._scored
         written = [p if isinstance(p, str) else json.dumps(p, default=str) for p in prompts]
         responses = _responses(*_inputs(batch))
         last = responses.tokens.gather(1, responses.mask.sum(1, keepdim=True) - 1)[:, 0]
         ended = torch.isin(last, torch.tensor(self.eos_token_ids, device=last.device))
         plain = [t if isinstance(t, str) else str(t[-1]["content"]) for t in texts]
-        rollout = Rollout(
+        return Rollout(
             responses=replace(responses, prompts=written, texts=plain, ended=ended),
             scores=scores,
             tokens=tokens,
@@ -316,6 +342,9 @@ class ExactTokenKL(GuardedTrainer):
                 for name, judge in self.judges.items()
             },
         )
+
+    def _report(self, rollout: Rollout) -> None:
+        """Notes what PPO's vocabulary has of a rollout, for TRL's next log."""
         measured = summarise(rollout)
         measured |= {"kl": measured["kl/rb_per_token"], "objective/kl": measured["kl/rb"]}
         noted = self._metrics["train" if self.model.training else "eval"]

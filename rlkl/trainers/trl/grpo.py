@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from trl import GRPOConfig, GRPOTrainer
 
-from rlkl.rollout import TokenRecord
 from rlkl.trainers.trl.exact_kl import ExactTokenKL
 
 
@@ -39,13 +38,9 @@ class RaoBlackwellGRPOTrainer(ExactTokenKL, GRPOTrainer):
     args: GRPOConfig
     max_completion_length: int
 
-    def with_kl(self, batch: dict[str, Any], tokens: TokenRecord) -> dict[str, Any]:
-        """A rollout's batch, with the reference's states, and advantages [B, T] less the KL."""
-        cost = self.future_cost(tokens, batch["completion_mask"].bool())
-        return batch | {
-            "ref_hidden": tokens.ref_hidden,
-            "advantages": batch["advantages"][:, None] - self.kl_coef * cost,
-        }
+    def with_kl(self, batch: dict[str, Any], kl_cost: Tensor) -> dict[str, Any]:
+        """A rollout's batch, with advantages [B, T] less the KL [B, T] that follows each token."""
+        return batch | {"advantages": batch["advantages"][:, None] - self.kl_coef * kl_cost}
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """TRL's loss of score and future KL, and β times the KL at each token."""
@@ -63,6 +58,7 @@ class RaoBlackwellGRPOTrainer(ExactTokenKL, GRPOTrainer):
         if self.args.loss_type == "bnpo":
             return total / mask.sum().clamp(min=1) / accumulated
         count = inputs["num_items_in_batch"].clamp(min=1)  # dapo: of the generation batch
+        count = count / self.args.world_size  # and of all processes, whose mean is taken
         if training:
             count = count * accumulated / self.args.steps_per_generation
         return total / count

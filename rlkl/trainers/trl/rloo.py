@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from trl import RLOOTrainer
 
-from rlkl.rollout import TokenRecord
 from rlkl.trainers.trl.exact_kl import ExactTokenKL
 
 
@@ -51,17 +50,16 @@ class RaoBlackwellRLOOTrainer(ExactTokenKL, RLOOTrainer):
 
     Raises:
         ValueError: settings under which the gradient would be another one (a truncated sampler, a
-            moving reference, normalised advantages), several processes, and models that cannot be
+            moving reference, normalised advantages), DeepSpeed or FSDP, and models that cannot be
             measured exactly (see `check_causal_lm`).
     """
 
     epsilon_low: float
     epsilon_high: float
 
-    def with_kl(self, batch: dict[str, Any], tokens: TokenRecord) -> dict[str, Any]:
-        """A rollout's batch, with the reference's states, and the KL that follows each token."""
-        cost = self.future_cost(tokens, batch["completion_mask"].bool())
-        return batch | {"ref_hidden": tokens.ref_hidden, "kl_cost": cost}
+    def with_kl(self, batch: dict[str, Any], kl_cost: Tensor) -> dict[str, Any]:
+        """A rollout's batch, with the KL [B, T] that follows each token."""
+        return batch | {"kl_cost": kl_cost}
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """TRL's clipped loss of the score, and β times the KL's."""

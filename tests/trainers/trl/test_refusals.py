@@ -25,7 +25,6 @@ from tests.trainers.trl.cases import both_trainers
         ("temperature", float("inf")),
         ("beta", -0.1),
         ("beta", float("inf")),
-        ("learning_rate", float("nan")),
         ("num_iterations", 0),
         ("steps_per_generation", 0),
     ],
