@@ -115,4 +115,7 @@ def adapter_of(model_args: ModelConfig, model: nn.Module) -> PeftConfig | None:
     adapter = get_peft_config(model_args)
     if isinstance(adapter, LoraConfig):
         adapter.fan_in_fan_out = any(isinstance(layer, Conv1D) for layer in model.modules())
+        only = adapter.target_modules
+        if isinstance(only, str) and only.isidentifier():  # TRL unpacks a list of one name, which
+            adapter.target_modules = [only]  # PEFT would take for a pattern of whole paths
     return adapter

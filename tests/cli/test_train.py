@@ -96,13 +96,12 @@ def test_two_steps_end_in_tables_numbers_a_plot_and_a_policy(command, folders, m
     assert ("completions.jsonl" in written) == (folders / "run" / "completions.jsonl").is_file()
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_weights_below_an_adapter_may_be_bfloat16_and_a_base_may_recompute(
     folders, monkeypatch, capsys
 ):
     assert run(monkeypatch, "ppo", folders, dtype="bfloat16") == 2
     assert "with use_peft" in capsys.readouterr().err
-    below_an_adapter = {"use_peft": True, "learning_rate": 0.01, "dtype": "bfloat16"}
+    below_an_adapter = {"use_peft": True, "lora_target_modules": "c_attn", "dtype": "bfloat16"}
     assert run(monkeypatch, "ppo", folders, **below_an_adapter, activation_checkpointing=True) == 0
     summary = json.loads((folders / "run" / "summary.json").read_text())
     assert summary["initial_kl"] == summary["initial_ratio_error"] == 0
