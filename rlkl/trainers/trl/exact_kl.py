@@ -193,14 +193,14 @@ class ExactTokenKL(GuardedTrainer):
     ) -> Tensor:
         """TRL's, its loss noted: the Trainer forgets it where a run is stopped between two logs."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        share = float(loss) * self.current_gradient_accumulation_steps
-        self.noted["steps"].append({"loss": share})
+        of_batch = float(loss) * self.current_gradient_accumulation_steps
+        self.noted["steps"].append({"loss": of_batch})
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model; in a checkpoint also the rollout that is not used up, with metrics."""
         super().save_model(output_dir, _internal_call)
-        if _internal_call:
+        if _internal_call and not self.args.save_only_model:
             updates = self.args.steps_per_generation * self.num_iterations
             state = {
                 "step": self._step,
