@@ -104,7 +104,9 @@ class GuardedTrainer(Trainer, ABC):
                 "model.requires_grad_(True) unfreezes a whole model"
             )
         with self.tracked(bool(resume_from_checkpoint)), closing_callbacks(self):
-            return super().train(resume_from_checkpoint, **kwargs)
+            output = super().train(resume_from_checkpoint, **kwargs)
+            self.check_model()
+            return output
 
     def check_optimiser(self) -> None:
         """Refuses before any work an optimiser that `train` could not make, or its schedule.
@@ -149,6 +151,15 @@ class GuardedTrainer(Trainer, ABC):
         """
         check_finite(name, values, self.state, Path(str(self.args.output_dir)), self.if_diverged)
 
+    def check_model(self) -> None:
+        """`check_finite` of the trained weights, and of what the model makes of a few tokens."""
+        for name, weight in self.model.named_parameters():
+            if weight.requires_grad:
+                self.check_finite(f"the weight {name}", weight)
+        model = self.accelerator.unwrap_model(self.model)
+        with self.accelerator.autocast():
+            self.check_finite("what the model says of a few tokens", few_tokens(model))
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The Trainer's, before each of its optimiser steps; refused where it is not finite."""
         norm = super()._get_grad_norm(model, grad_norm)
@@ -157,15 +168,8 @@ class GuardedTrainer(Trainer, ABC):
         return norm
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the model as `from_pretrained` reads it, if its trained weights are finite, and
-        what it makes of a few tokens.
-        """
-        for name, weight in self.model.named_parameters():
-            if weight.requires_grad:
-                self.check_finite(f"the weight {name}", weight)
-        policy = self.accelerator.unwrap_model(self.model)
-        with self.accelerator.autocast():
-            self.check_finite("what the model says of a few tokens", few_tokens(policy))
+        """Saves the model as `from_pretrained` reads it, if `check_model` lets it pass."""
+        self.check_model()
         super().save_model(output_dir, _internal_call)
         if _internal_call and self.args.should_save:  # a checkpoint
             noted = {} if self._logs_next() else self.noted

@@ -192,7 +192,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
         ({"beta": "inf"}, "beta is inf: it must be finite"),
         ({"temperature": "inf"}, "temperature is inf: it must be positive and finite"),
         ({"steps_per_generation": 0}, "steps_per_generation is 0: it must be at least 1"),
-        ({"learning_rate": "nan"}, "learning_rate is nan; it must be finite and >= 0"),
+        ({"learning_rate": "nan"}, "learning_rate is nan"),
         ({"num_iterations": 0}, "num_iterations is 0; it must be at least 1"),
         ({"max_completion_length": 0}, "max_completion_length is 0; it must be at least 1"),
         ({"max_steps": 0}, "max_steps is 0; it must be at least 1"),
@@ -261,15 +261,17 @@ def test_a_stopped_run_whose_checkpoint_is_the_model_alone_is_refused(
 # wandb's own code under Python 3.11 and pydantic 2
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 @every_command
+@pytest.mark.parametrize("saving", [{"save_steps": 1}, {"save_strategy": "no", "max_steps": 1}])
 def test_a_run_that_diverges_ends_in_one_line_without_a_checkpoint(
-    command, folders, monkeypatch, capsys
+    command, saving, folders, monkeypatch, capsys
 ):
-    settings = {"learning_rate": 1e20, "max_grad_norm": 0, "save_steps": 1, "report_to": "wandb"}
+    settings = {"learning_rate": 1e20, "max_grad_norm": 0, "report_to": "wandb"} | saving
     assert run(monkeypatch, command, folders, **settings) == 1
     *_, error = capsys.readouterr().err.splitlines()
     assert error.startswith("error: after step ")
     assert "is not finite" in error
     assert not list((folders / "run").glob("checkpoint-*"))
+    assert not (folders / "run" / "summary.json").exists()
     (code,) = [r.exit.exit_code for r in offline_records(folders / "run") if r.HasField("exit")]
     assert code == 1  # which W&B shows as failed
 

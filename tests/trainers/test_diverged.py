@@ -54,6 +54,17 @@ def test_distillation_stops_before_its_next_checkpoint(make_distiller, when, say
     assert says in breaks(trainer, trainer.model.transformer.wte.weight, when)
 
 
+@pytest.mark.parametrize("method", ["ppo", "distill"])
+def test_a_last_step_that_is_much_too_large_is_told_without_a_checkpoint_too(
+    make_trainer, make_distiller, method
+):
+    make = make_trainer if method == "ppo" else make_distiller
+    settings = {"num_ppo_epochs": 1} if method == "ppo" else {}
+    trainer = make(max_steps=1, learning_rate=1e20, max_grad_norm=0.0, **settings)
+    with pytest.raises(FloatingPointError, match="after step 1 what the model says of a few tok"):
+        trainer.train()
+
+
 def test_a_policy_that_is_not_finite_is_not_evaluated(make_trainer, prompts):
     trainer = make_trainer()
     trainer.model.transformer.ln_f.weight.data[0] = torch.nan

@@ -202,8 +202,8 @@ class ExactTokenKL(GuardedTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             add_gradients(self.model.parameters(), 1 / self.args.world_size)
-        share = float(loss) * self.current_gradient_accumulation_steps
-        self.noted["steps"] += of_all({"loss": share})
+        of_batch = float(loss) * self.current_gradient_accumulation_steps
+        self.noted["steps"] += of_all({"loss": of_batch})
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -211,7 +211,7 @@ class ExactTokenKL(GuardedTrainer):
         not used up, and metrics.
         """
         super().save_model(output_dir, _internal_call)
-        if _internal_call:
+        if _internal_call and not self.args.save_only_model:
             updates = self.args.steps_per_generation * self.num_iterations
             state = {
                 "step": self._step,
