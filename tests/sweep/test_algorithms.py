@@ -120,7 +120,10 @@ def test_arms_of_several_algorithms_have_settings_of_their_own(load):
         ({"algorithm": "rloo", "grid": {"beta": [1.0], "kl_coef": [1.0]}}, "which are one setting"),
         ({"algorithm": "rloo", "grid": {"max_completion_length": [8, 9]}}, "cannot be varied"),
         ({"algorithm": "rloo", "defaults": {"rloo": {"beta": 1.0, "kl_coef": 1.0}}}, "one setting"),
-        ({"algorithm": "rloo", "grid": {"beta": [-1.0]}}, "beta is -1.0: it must be at least 0"),
+        (
+            {"algorithm": "rloo", "grid": {"beta": [-1.0]}},
+            "beta is -1.0: it must be finite, and at least 0",
+        ),
         ({"algorithm": "grpo", "grid": {"kl_coef": ["1e400"]}}, "beta is inf: it must be"),
         ({"algorithm": "ppo", "grid": {"kl_coef": ["1e400"]}}, "kl_coef is inf; it must be"),
         ({"algorithm": "ppo", "grid": {"kl_coef": ["nan"]}}, "kl_coef is nan; it must be"),

@@ -77,7 +77,7 @@ def measured(trainer, batch) -> TokenRecord:
     return trainer._measure(ids, mask, LENGTH)
 
 
-def with_kl(trainer, batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def with_kl(trainer, batch, *, future: bool = True) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """What `_compute_loss` is given, and the probability of each response."""
     tokens = measured(trainer, batch)
     probability = tokens.policy_logp.double().sum(1).exp()
@@ -86,16 +86,19 @@ def with_kl(trainer, batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         "old_logps": tokens.policy_logp.sum(1),
         "old_per_token_logps": tokens.policy_logp,
     }
-    return trainer.with_kl(whole, tokens), probability
+    mask = batch["completion_mask"].bool()
+    cost = future_kl_above_group(tokens.kl, mask, trainer.num_generations)
+    whole["ref_hidden"] = tokens.ref_hidden
+    return trainer.with_kl(whole, cost if future else torch.zeros_like(cost)), probability
 
 
 def row(inputs, i):
     return {name: x[i : i + 1] if x.ndim else x for name, x in inputs.items()}
 
 
-def expected_gradient(trainer, batch, flat_gradient) -> torch.Tensor:
+def expected_gradient(trainer, batch, flat_gradient, *, future: bool = True) -> torch.Tensor:
     """Σ_y π(y) of the gradient of y's own loss."""
-    inputs, probability = with_kl(trainer, batch)
+    inputs, probability = with_kl(trainer, batch, future=future)
     total = torch.zeros(())
     for i, weight in enumerate(probability):
         trainer.model.zero_grad()
@@ -141,9 +144,9 @@ def test_without_the_future_it_would_be_another(
     make_four_tokens, batch, flat_gradient, trainer_class
 ):
     trainer = make_four_tokens(trainer_class)
-    trainer.future_cost = lambda tokens, mask: torch.zeros_like(tokens.kl)
     reward_part, kl_part = true_gradients(trainer, batch)
-    kl_ours = (expected_gradient(trainer, batch, flat_gradient) + reward_part) / BETA
+    ours = expected_gradient(trainer, batch, flat_gradient, future=False)
+    kl_ours = (ours + reward_part) / BETA
     assert float((kl_ours - kl_part).norm() / kl_part.norm()) > 0.1
 
 
