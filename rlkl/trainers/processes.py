@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
@@ -25,9 +25,10 @@ def check_processes(args: TrainingArguments) -> None:
     """Refuses models that are spread over processes.
 
     Raises:
-        ValueError: DeepSpeed or FSDP is asked for.
+        ValueError: DeepSpeed or FSDP is asked for, by the settings or by accelerate's.
     """
-    if args.deepspeed is not None or args.fsdp:
+    launched = any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("DEEPSPEED", "FSDP"))
+    if args.deepspeed is not None or args.fsdp or launched:
         raise ValueError(
             "DeepSpeed and FSDP spread a model over processes, and the exact KL reads heads and "
             "hidden states whole: leave them out. Several processes (torchrun, accelerate launch) "

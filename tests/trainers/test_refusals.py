@@ -268,11 +268,17 @@ def test_off_policy_settings_that_mean_nothing_are_refused(make_trainer, changes
         make_trainer(**changes)
 
 
-@pytest.mark.parametrize(("setting", "value"), [("fsdp", True), ("deepspeed", "zero.json")])
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("fsdp", True), ("deepspeed", "zero.json"), ("ACCELERATE_USE_FSDP", "true")],
+)
 def test_a_model_spread_over_processes_is_refused(
-    make_lm, make_config, tokenizer, prompts, setting, value
+    make_lm, make_config, tokenizer, prompts, monkeypatch, setting, value
 ):
     args = make_config()
-    setattr(args, setting, value)  # for which transformers wants packages and GPUs
+    if setting.isupper():  # of accelerate launch
+        monkeypatch.setenv(setting, value)
+    else:
+        setattr(args, setting, value)  # for which transformers wants packages and GPUs
     with pytest.raises(ValueError, match="a whole model each"):
         PPOTrainer(make_lm(), LexiconReward(), args, prompts, tokenizer)
