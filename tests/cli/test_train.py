@@ -308,6 +308,8 @@ def test_wandb_gets_one_run_with_steps_samples_and_summary(command, folders, mon
     (opened,) = (r.run for r in records if r.HasField("run"))
     assert (opened.project, opened.run_group) == ("mine", f"{command}-rb-both")
     assert set(opened.tags) == {"sentiment", command, "rb", "both"}
+    config = {item.key: json.loads(item.value_json) for item in opened.config.update}
+    assert config["kl_coef"] > 0  # by one name, whatever the command calls it
     rows = history(records)
     assert any("train/kl/rb" in row for row in rows)
     assert any("samples/path" in row for row in rows)

@@ -42,7 +42,7 @@ def test_a_whole_run_and_its_evaluations_are_in_one_offline_run(
     trainer = make_trainer(
         RaoBlackwellPPOTrainer,
         report_to=["wandb"],
-        wandb_tags=["test"],
+        wandb_tags="test",  # as a YAML file may have it
         wandb_arm="rb/both",
         eval_dataset=prompts,
         num_completions=3,
