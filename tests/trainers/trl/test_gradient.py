@@ -247,3 +247,25 @@ def test_a_clipped_response_pulls_neither_to_its_score_nor_to_the_reference(
         trainer.model.zero_grad()
         trainer._compute_loss(trainer.model, row(inputs, 20)).backward()
         assert bool(flat_gradient(trainer.model).any()) == pulls
+
+
+@both_trainers
+def test_a_rollout_has_the_future_kl_of_its_own_responses(make_trl_trainer, make_lm, trainer_class):
+    trainer = make_trl_trainer(trainer_class, ref_model=make_lm(seed=1), beta=BETA)
+    trainer.model.train()
+    prompts = ["the film is", "a plot"]
+    inputs = [{"prompt": p} for p in prompts for _ in range(trainer.num_generations)]
+    rollout = trainer._generate_and_score_completions(inputs)
+    mask = rollout["completion_mask"].bool()
+    ids, attention = (
+        torch.cat([rollout[f"prompt_{name}"], rollout[f"completion_{name}"]], 1)
+        for name in ("ids", "mask")
+    )
+    tokens = trainer._measure(ids, attention, mask.shape[1])
+    cost = future_kl_above_group(tokens.kl, mask, trainer.num_generations)
+    assert float(cost.abs().max()) > 0.1
+    if trainer_class is RaoBlackwellGRPOTrainer:
+        of_scores = rollout["advantages"] + BETA * cost  # one number for a response
+        torch.testing.assert_close(of_scores, of_scores[:, :1].expand_as(of_scores))
+    else:
+        torch.testing.assert_close(rollout["kl_cost"], cost)
