@@ -49,7 +49,7 @@ def test_every_command_that_trains_can_be_swept_by_the_names_of_its_settings():
 
 def test_the_shipped_sweep_compares_the_three_at_the_defaults_of_their_commands(tmp_path):
     spec = load_spec(RECIPES / "sweep_algorithms.yaml", command_named)
-    assert spec.num_cells == 18
+    assert spec.num_cells == 27
     assert [spec.arm_name(arm) for arm in spec.arms[::3]] == ["ppo rb", "rloo", "grpo"]
     settings = [spec.configuration(n).settings for n in (0, 3, 6)]
     assert [s["max_steps"] for s in settings] == [50, 100, 100]
