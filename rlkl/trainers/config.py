@@ -28,6 +28,10 @@ class PPOConfig(RunArguments):
         default=None,
         metadata={"help": "Longest prompt in tokens; longer ones lose their beginning."},
     )
+    local_rollout_forward_batch_size: int = field(
+        default=256,
+        metadata={"help": "Responses sampled together, also in evaluations; fewer save memory."},
+    )
     num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over each rollout."})
     num_mini_batches: int = field(
         default=1, metadata={"help": "Optimiser steps per epoch; must divide the batch."}
@@ -110,6 +114,7 @@ class PPOConfig(RunArguments):
         positive = (
             "response_length",
             "num_generations",
+            "local_rollout_forward_batch_size",
             "num_ppo_epochs",
             "num_mini_batches",
             "temperature",

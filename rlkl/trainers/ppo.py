@@ -232,6 +232,7 @@ class PPOTrainer(TextTrainer):
                 args.response_length,
                 temperature=args.temperature,
                 generator=generator,
+                batch_size=args.local_rollout_forward_batch_size,
                 max_prompt_length=args.max_prompt_length,
             )
 
@@ -296,8 +297,7 @@ class PPOTrainer(TextTrainer):
         metrics: dict[str, float],
         first_pass: PolicyPass | None = None,
     ) -> Tensor:
-        """All epochs of minibatches; the last minibatch's gradient is left for the Trainer to
-        apply.
+        """All epochs of minibatches; the last one's gradient is left for the Trainer to apply.
 
         The first epoch takes the responses in the order in which they were measured, so that its
         first update sees π = π_old to the last bit; later epochs shuffle.

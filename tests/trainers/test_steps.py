@@ -474,3 +474,21 @@ def test_one_update_of_a_rollout_has_every_weight_one(make_trainer, steps):
     (log,) = steps(trainer)
     assert log["val/ess_fraction"] == 1
     assert log["val/truncated_fraction"] == 0
+
+
+def test_no_more_responses_are_sampled_together_than_is_said(make_trainer, make_lm, prompts):
+    model, together = make_lm(), set()
+
+    def note(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("past_key_values") is not None:  # sampling
+            together.add(len(kwargs["input_ids"]))
+
+    trainer = make_trainer(
+        model=model, local_rollout_forward_batch_size=3, max_steps=1, eval_dataset=prompts
+    )
+    model.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    trainer.train()
+    assert together == {3, 2}  # of 8 responses
+    together.clear()
+    trainer.evaluate()
+    assert together == {3}  # of 12
