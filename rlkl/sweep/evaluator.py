@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -113,9 +114,19 @@ class Evaluator:
             for i in rows
         ]
 
-    def reference(self) -> dict[str, Any]:
-        """The reference's own scores, the optimum and best-of-n on the same prompts."""
-        count = self.evaluation["reference_samples"]
+    def reference(self, on_progress: Callable[[float], object] | None = None) -> dict[str, Any]:
+        """The reference's own scores, the optimum and best-of-n on the same prompts.
+
+        `on_progress` is told the share of the samples that are drawn.
+        """
+        count, drawn = self.evaluation["reference_samples"], 0
+
+        def on_batch(responses: int) -> None:
+            nonlocal drawn
+            drawn += responses
+            if on_progress is not None:
+                on_progress(drawn / (count * len(self.prompts)))
+
         scores = sample_scores(
             self.ref,
             self.tokenizer,
@@ -126,6 +137,7 @@ class Evaluator:
             temperature=self.settings["temperature"],
             max_prompt_length=self.settings.get("max_prompt_length"),
             seed=self.evaluation["seed"] + 1,
+            on_batch=on_batch,
         )
         reward, judge = scores["reward"], scores["judge"]
         tilt = OptimalTilt(reward, {"judge": judge})
@@ -185,7 +197,9 @@ def main() -> None:
     evaluator = Evaluator(plan["settings"], plan["evaluation"])
     record: dict[str, Any] = {"points": [], "samples": [], "measured": evaluator.measured()}
     if plan["recipe"] is None:
-        record["reference"] = evaluator.reference()
+        progress = folder / "progress"
+        progress.write_text("0")  # an earlier attempt's
+        record["reference"] = evaluator.reference(lambda share: progress.write_text(f"{share}"))
     else:
         run = folder / "run"
         policies = {int(p.name.split("-")[1]): p for p in run.glob("checkpoint-*")}

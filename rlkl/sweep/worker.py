@@ -241,7 +241,14 @@ def wandb_id(identity: str, key: str) -> str:
 
 
 def progress_of(folder: Path, cell: Cell) -> float:
-    """Share of its steps that a run has logged; 0 where ``max_steps`` or the log does not say."""
+    """Share of its steps that a run has logged, or of its samples that the reference has drawn; 0
+    where ``max_steps`` or the log does not say.
+    """
+    if cell.key == REFERENCE:
+        try:
+            return float((folder / "progress").read_text())
+        except (FileNotFoundError, ValueError):  # not begun, or just being written
+            return 0.0
     steps, file = cell.settings.get("max_steps"), folder / "run" / "metrics.jsonl"
     if not isinstance(steps, int) or steps <= 0 or not file.is_file():
         return 0.0

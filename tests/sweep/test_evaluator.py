@@ -51,7 +51,9 @@ def test_the_reference_against_itself_has_no_kl_and_its_own_curves(settings):
     assert point["reward"] == pytest.approx(point["judge"]), "the judge is the reward here"
     assert len(samples) == 2
     assert samples[0]["prompt"] == "the film"
-    reference = evaluator.reference()
+    shares: list[float] = []
+    reference = evaluator.reference(shares.append)
+    assert shares == [1.0], "one batch has all"
     assert reference["optimal"][0]["reward"] > reference["reward"]
     assert [p["n"] for p in reference["best_of_n"]] == [1, 2, 4, 8, 16, 32]
     assert reference["best_of_n"][0]["reward"] == pytest.approx(reference["reward"], abs=1e-5)
@@ -134,3 +136,12 @@ def test_a_recipe_that_left_no_policy_is_named_and_trains_again(settings, tmp_pa
     assert "x.py ended with code 0 and left no policy" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "trained").exists()
+
+
+def test_the_reference_says_how_far_it_is(settings, tmp_path):
+    plan = {"recipe": None, "settings": settings, "evaluation": EVALUATION}
+    (tmp_path / "cell.json").write_text(json.dumps(plan))
+    (tmp_path / "progress").write_text("0.7")  # of an earlier attempt
+    subprocess.run([sys.executable, "-m", "rlkl.sweep.evaluator", str(tmp_path)], check=True)
+    assert float((tmp_path / "progress").read_text()) == 1.0
+    assert "reference" in json.loads((tmp_path / "points.json").read_text())

@@ -36,6 +36,16 @@ def test_a_log_of_another_kind_is_no_progress_and_no_error(make_spec, tmp_path, 
     assert progress_of(tmp_path, ledger.claim("worker")) == 0.0
 
 
+@pytest.mark.parametrize(("written", "share"), [(None, 0.0), ("", 0.0), ("0.25", 0.25)], ids=str)
+def test_the_references_progress_is_what_it_says(make_spec, tmp_path, written, share):
+    spec = make_spec(grid={"kl_coef": [0.1]}, seeds=[0])
+    ledger = open_ledger(f"sqlite:///{tmp_path}/sweep.db", spec, "identity")
+    ledger.add_reference()
+    if written is not None:
+        (tmp_path / "progress").write_text(written)
+    assert progress_of(tmp_path, ledger.claim("worker")) == share
+
+
 def test_an_evaluator_that_writes_nothing_is_quoted(make_spec, tmp_path):
     script = tmp_path / "evaluator.py"
     script.write_text("print('measured nothing')")
