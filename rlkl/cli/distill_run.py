@@ -33,7 +33,7 @@ from trl import ModelConfig
 from rlkl.cli.errors import check_writable, ending_where_it_diverges, refusing_bad_input
 from rlkl.cli.json_output import console_beside, write_json
 from rlkl.cli.quiet import quiet_libraries
-from rlkl.cli.settings import SettingsParser, adapter_of, set_threads, weights_dtype
+from rlkl.cli.settings import SettingsParser, adapter_of, load_policy, set_threads
 from rlkl.data import load_pairs
 from rlkl.evaluation.judge import JUDGE_PROMPT, Judge
 from rlkl.evaluation.student import StudentEvaluation, evaluate_student
@@ -190,11 +190,7 @@ def _prepare(
     teacher = load_causal_lm(
         task.teacher_model_name_or_path, dtype=getattr(torch, task.teacher_dtype)
     )
-    student = load_causal_lm(
-        model_args.model_name_or_path,
-        dtype=weights_dtype(model_args),
-        attn_implementation=model_args.attn_implementation,
-    )
+    student = load_policy(model_args, args.device)
     for name, data in held_out.items():
         models = (student, teacher)
         check_data(data, name, tokenizer, models, args, given=False, sampled=True)

@@ -9,10 +9,12 @@ from typing import Any, NoReturn
 import torch
 from peft import LoraConfig, PeftConfig
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from rlkl.cli.errors import fail
+from rlkl.models import load_causal_lm
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -72,23 +74,41 @@ class SettingsParser(TrlParser):
 
 
 def _refuse_unread(model: ModelConfig) -> None:
-    """Refuses what TRL's ModelConfig has and `rlkl.models.load_causal_lm` does not do."""
+    """Refuses what TRL's ModelConfig has and `load_policy` does not do."""
+    below_an_adapter = {"load_in_4bit", "load_in_8bit"} | (
+        {"dtype"} if model.dtype == "bfloat16" else set()
+    )
     for setting in fields(model):
         name, value = setting.name, getattr(model, setting.name)
-        if name == "dtype" and value == "bfloat16" and model.use_peft:
+        if value == setting.default or (model.use_peft and name in below_an_adapter):
             continue
-        unread = name.startswith(("model_revision", "dtype", "load_in_", "bnb_", "use_bnb_"))
-        if unread and value != setting.default:
+        if name.startswith(("bnb_", "use_bnb_")) and not model.load_in_4bit:
+            raise ValueError(f"{name} {value} has no effect without load_in_4bit; leave it out")
+        if name.startswith(("model_revision", "dtype", "load_in_")):
             raise ValueError(
                 f"{name} {value} has no effect: the trained model is loaded as it is, in float32 "
-                "(bf16 computes in bfloat16; dtype bfloat16 is for the weights below an adapter, "
-                "with use_peft); leave it out"
+                "(bf16 computes in bfloat16; dtype bfloat16, load_in_8bit and load_in_4bit are for "
+                "the weights below an adapter, with use_peft); leave it out"
             )
 
 
-def weights_dtype(model: ModelConfig) -> torch.dtype:
-    """What the weights are loaded in: trained ones in float32, those below an adapter as asked."""
-    return torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
+def load_policy(model_args: ModelConfig, device: torch.device) -> PreTrainedModel:
+    """The model that is trained: in float32, or as asked for the weights below an adapter.
+
+    Those of 4 and 8 bits are loaded to `device`, and cannot be moved; others are left to the
+    trainer.
+
+    Raises:
+        ValueError: see `load_causal_lm`.
+    """
+    quantization = get_quantization_config(model_args)
+    return load_causal_lm(
+        model_args.model_name_or_path,
+        dtype=torch.bfloat16 if model_args.dtype == "bfloat16" else torch.float32,
+        attn_implementation=model_args.attn_implementation,
+        quantization_config=quantization,
+        device="cpu" if quantization is None else device,
+    )
 
 
 def _split_option(word: str) -> list[str]:

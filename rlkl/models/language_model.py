@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -81,11 +81,28 @@ def _choosing_attention(name: str | None) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _quantising() -> Iterator[None]:
+    """What transformers complains about in a quantisation that needs a package.
+
+    Raises:
+        ValueError: in place of its ImportError; it says what to install.
+    """
+    try:
+        yield
+    except ImportError as error:
+        complaint = str(error).strip().split("\n")[0]
+        if "quantiz" not in complaint:
+            raise
+        raise ValueError(f"{complaint.rstrip('.')}; or leave the quantisation out") from error
+
+
 def load_causal_lm(
     name_or_path: str | os.PathLike[str] | None = None,
     *,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
+    quantization_config: Any = None,
     device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
     """Loads a causal LM from the hub or a local folder; without a name, the embedded review LM.
@@ -96,12 +113,15 @@ def load_causal_lm(
         attn_implementation: as in transformers; None takes "eager" on the CPU, where the backward
             of "sdpa" is about twice as slow for short responses, and the model's own choice on an
             accelerator.
+        quantization_config: as in transformers; 4-bit and 8-bit weights are trained below an
+            adapter only.
         device: where to put it.
 
     Raises:
         ValueError: a folder that is not there or has no weights, no causal LM, weights that cannot
             be read, do not fit the config or lack a part (which would be random numbers), an
-            attention that the model or this machine has not.
+            attention that the model or this machine has not, a quantisation whose package is not
+            installed.
     """
     source = model_source(name_or_path)
     if os.path.isdir(source) and not any(
@@ -118,11 +138,13 @@ def load_causal_lm(
     asked_for = attn_implementation
     if attn_implementation is None and torch.device(device).type == "cpu":
         attn_implementation = "eager"
-    with _choosing_attention(asked_for), reading_model(source):
+    with _choosing_attention(asked_for), _quantising(), reading_model(source):
         model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues] (a pair)
             source,
             dtype=dtype,
             attn_implementation=attn_implementation,
+            quantization_config=quantization_config,
+            device_map=None if quantization_config is None else {"": device},
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
         )
@@ -132,7 +154,7 @@ def load_causal_lm(
             f"the weights of {source} are not those of its config.json: {len(lacking)} are missing "
             f"or of another shape ({', '.join(lacking[:3])}, …); save the model again"
         )
-    return model.to(device)  # pyright: ignore[reportArgumentType] (decorated)
+    return model if quantization_config is not None else model.to(device)  # pyright: ignore[reportArgumentType] (decorated)
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:

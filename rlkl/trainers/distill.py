@@ -118,9 +118,9 @@ class DistillTrainer(TextTrainer):
         if peft_config is not None:
             set_seed(args.seed)  # the adapter's start is drawn; the Trainer seeds later
             model = get_peft_model(model, peft_config)  # pyright: ignore[reportArgumentType]
+        check_weights({"model": model, "teacher_model": teacher_model}, args)
         for each, name in ((model.eval(), "model"), (teacher_model.eval(), "teacher_model")):
             check_causal_lm(each, name)
-        check_weights({"model": model, "teacher_model": teacher_model}, args)
         self.divergence = args.divergence()
         self.vocab_size = shared_vocabulary(model, teacher_model, processing_class)
         check_apart(model, teacher_model, "teacher_model", "load it a second time")

@@ -15,7 +15,7 @@ from rlkl.data import check_prompts
 from rlkl.kl import ModuleHead
 from rlkl.kl.chunked import vocabulary_of
 from rlkl.models import check_apart, check_causal_lm, check_reference, output_head
-from rlkl.models.language_model import check_positions
+from rlkl.models.language_model import causal_lm, check_positions
 from rlkl.models.tokenizers import padding_id
 from rlkl.rollout import encode_prompts
 from rlkl.rollout.collect import SumOfRewards
@@ -115,14 +115,20 @@ def check_models(
     Raises:
         ValueError: one that is not what `check_causal_lm` asks for; weights in float64 or float16
             that bf16 autocast cannot be mixed with; a head without rows for all the tokenizer's
-            tokens, or with other rows than the reference's; a reference that would move with the
-            policy (`check_reference_stays`). It says what to do.
+            tokens, or with other rows than the reference's; a value model of quantised weights; a
+            reference that would move with the policy (`check_reference_stays`). It says what to do.
     """
     models = {"model": model} | ({} if ref_model is None else {"ref_model": ref_model})
+    check_weights(models, args)
     for name, each in models.items():
         check_causal_lm(each.eval(), name)
     check_reference_stays(model, ref_model)
-    check_weights(models, args)
+    own_trunk = getattr(args, "separate_value_model", False)
+    if own_trunk and getattr(causal_lm(model), "is_quantized", False):
+        raise ValueError(
+            "separate_value_model trains a copy of the policy's weights, and quantised ones cannot "
+            "be: leave it out"
+        )
     rows = vocabulary_of(output_head(model))
     if rows < len(tokenizer):
         raise ValueError(

@@ -16,6 +16,7 @@ from transformers import (
 
 from rlkl.data import collate_prompts
 from rlkl.models import enable_checkpointing
+from rlkl.models.language_model import causal_lm
 from rlkl.trainers.guarded_trainer import GuardedTrainer
 from rlkl.trainers.processes import check_processes, of_first
 from rlkl.trainers.run_config import RunArguments
@@ -35,15 +36,24 @@ def check_rows(data: Any, which: str) -> None:
 
 
 def check_weights(models: dict[str, nn.Module], args: TrainingArguments) -> None:
-    """Refuses weights that bf16 autocast cannot be mixed with, trained or not.
+    """Refuses weights that bf16 autocast cannot be mixed with, trained or not, and those that would
+    not be trained.
 
     Args:
-        models: by the names of the trainer's arguments.
+        models: by the names of the trainer's arguments; ``model`` is the one that is trained.
         args: the precision.
 
     Raises:
-        ValueError: float64 or float16 weights; says whose, and what to do.
+        ValueError: float64 or float16 weights; 4-bit ones below an adapter on a CPU; says whose,
+            and what to do.
     """
+    trained = causal_lm(models["model"])
+    if getattr(trained, "is_loaded_in_4bit", False) and trained.device.type == "cpu":
+        raise ValueError(
+            "model has 4-bit weights on a CPU, where bitsandbytes repacks them in the first pass "
+            "without gradient, and no gradient passes them from then on: load it in 8 bits, or "
+            "train on a GPU"
+        )
     for name, model in models.items():
         dtypes = {p.dtype for p in model.parameters()} & {torch.float64, torch.float16}
         if args.bf16 and dtypes:

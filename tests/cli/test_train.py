@@ -110,6 +110,23 @@ def test_weights_below_an_adapter_may_be_bfloat16_and_a_base_may_recompute(
     assert {weight.dtype for weight in adapter.values()} == {torch.float32}
 
 
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+@every_command
+def test_weights_below_an_adapter_may_have_8_bits(command, folders, monkeypatch, capsys):
+    assert run(monkeypatch, command, folders, load_in_8bit=True) == 2
+    assert "load_in_8bit True has no effect" in capsys.readouterr().err
+    assert run(monkeypatch, command, folders, use_bnb_nested_quant=True, use_peft=True) == 2
+    assert "has no effect without load_in_4bit" in capsys.readouterr().err
+    below = {"use_peft": True, "lora_target_modules": "c_attn", "load_in_8bit": True}
+    assert run(monkeypatch, command, folders, **below, learning_rate=0.01) == 0
+    summary = json.loads((folders / "run" / "summary.json").read_text())
+    assert summary["initial_kl"] == 0
+    assert summary["kl_rb"] > 0
+    policy = folders / "run" / "policy"
+    assert (policy / "adapter_model.safetensors").is_file()
+    assert not (policy / "model.safetensors").exists()
+
+
 @every_command
 def test_json_is_all_that_standard_output_gets(command, folders, monkeypatch, capsys):
     assert run(monkeypatch, command, folders, max_steps=1, json="-") == 0

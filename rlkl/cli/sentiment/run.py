@@ -23,7 +23,7 @@ from rlkl.cli.sentiment.plot import plot_training
 from rlkl.cli.sentiment.results import read_metrics, sample_table, summarise_run
 from rlkl.cli.sentiment.settings import SentimentArguments
 from rlkl.cli.sentiment.tables import print_samples, print_summary
-from rlkl.cli.settings import SettingsParser, adapter_of, set_threads, weights_dtype
+from rlkl.cli.settings import SettingsParser, adapter_of, load_policy, set_threads
 from rlkl.data import EMBEDDED_EVAL_PROMPTS, EMBEDDED_TRAIN_PROMPTS, load_prompts
 from rlkl.evaluation import Evaluation
 from rlkl.models import check_same_tokenizer, frozen_copy, load_causal_lm, load_tokenizer
@@ -152,11 +152,7 @@ def _prepare(
 ) -> tuple[Any, HeldOut]:
     """Everything that a user's input can get wrong, before any work: the trainer, the prompts."""
     tokenizer = load_tokenizer(model_args.model_name_or_path)
-    policy = load_causal_lm(
-        model_args.model_name_or_path,
-        dtype=weights_dtype(model_args),
-        attn_implementation=model_args.attn_implementation,
-    )
+    policy = load_policy(model_args, args.device)
     ref = None
     if task.ref_model_name_or_path is not None:
         check_same_tokenizer(tokenizer, load_tokenizer(task.ref_model_name_or_path))
