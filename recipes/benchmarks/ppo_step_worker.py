@@ -215,7 +215,7 @@ def run_exact_beside_sampled(spec: dict[str, Any], prompts: list[str]) -> dict[s
     cpu: dict[str, list[float]] = {side: [] for side in trainers}
     for number in range(spec["warm_up"] + spec["updates"]):
         first = number * size % (len(prompts) - size + 1)
-        batch = {"prompt": prompts[first : first + size]}
+        batch = {"columns": {"prompt": prompts[first : first + size]}}
         order = list(trainers) if number % 2 == 0 else list(trainers)[::-1]
         for side in order:
             trainer = trainers[side]

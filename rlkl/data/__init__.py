@@ -9,6 +9,7 @@ from rlkl.data.prompts import (
     check_texts,
     collate_prompts,
     load_prompts,
+    repeated,
 )
 from rlkl.data.reviews import clean_text, load_reviews
 
@@ -24,4 +25,5 @@ __all__ = [
     "load_pairs",
     "load_prompts",
     "load_reviews",
+    "repeated",
 ]

@@ -1,7 +1,7 @@
 """Prompts: from a file, from a data set (hub or folder), or the openings that ship with rlkl."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,28 @@ def load_prompts(source: str | Path, column: str = "prompt") -> Dataset:
     return Dataset.from_dict({"prompt": prompts})
 
 
-def collate_prompts(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+_TEXTS = ("prompt", "completion", "text")
+
+
+def collate_prompts(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Rows of a dataset as columns of texts; tokenising is the sampler's.
 
-    Other columns stay behind: the Trainer would count the tokens of one that is called input_ids.
+    All columns, which rewards may read, are below ``columns``: the Trainer would count the tokens
+    of one that is called input_ids.
     """
-    names = [name for name in ("prompt", "completion", "text") if name in rows[0]]
-    return {name: [row[name] for row in rows] for name in names}
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return {name: columns[name] for name in _TEXTS if name in columns} | {"columns": columns}
+
+
+def repeated(columns: Mapping[str, Sequence[Any]], times: int) -> dict[str, list[Any]]:
+    """Every row `times` times, side by side.
+
+    >>> repeated({"prompt": ["it", "a"]}, 2)
+    {'prompt': ['it', 'it', 'a', 'a']}
+    """
+    return {
+        name: [value for value in values for _ in range(times)] for name, values in columns.items()
+    }
 
 
 def check_text(value: Any, name: str) -> None:

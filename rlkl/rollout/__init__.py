@@ -4,8 +4,6 @@ from rlkl.rollout.collect import (
     PolicyPass,
     collect_rollout,
     policy_pass,
-    score_responses,
-    score_texts,
     token_statistics,
 )
 from rlkl.rollout.divergence import (
@@ -16,13 +14,23 @@ from rlkl.rollout.divergence import (
 from rlkl.rollout.given import given_responses
 from rlkl.rollout.records import Responses, Rollout, TokenRecord, scatter_tokens
 from rlkl.rollout.sampling import encode_prompts, response_texts, sample_responses
+from rlkl.rollout.scoring import (
+    ColumnReward,
+    FunctionReward,
+    SumOfRewards,
+    score_responses,
+    score_texts,
+)
 from rlkl.rollout.summary import summarise
 
 __all__ = [
+    "ColumnReward",
     "DivergenceRecord",
+    "FunctionReward",
     "PolicyPass",
     "Responses",
     "Rollout",
+    "SumOfRewards",
     "TokenRecord",
     "collect_rollout",
     "divergence_statistics",

@@ -7,51 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from reward_models import RewardModel
 from rlkl.kl import fused_token_stats
 from rlkl.models import Critic, output_head, reference_model, response_hidden
 from rlkl.rollout.records import Responses, Rollout, TokenRecord, scatter_tokens
-
-
-def score_responses(
-    reward: RewardModel, responses: Responses, name: str = "the reward model"
-) -> Tensor:
-    """[B] scores of the responses' texts, float32. `name` is what a complaint calls the model.
-
-    Raises:
-        ValueError: the reward model does not give one finite score per response.
-    """
-    scores = score_texts(reward, responses.prompts, responses.texts, name)
-    return scores.to(responses.mask.device)
-
-
-def score_texts(
-    reward: RewardModel, prompts: Sequence[str], texts: Sequence[str], name: str
-) -> Tensor:
-    """[B] scores of texts that follow prompts, float32.
-
-    Raises:
-        ValueError: the reward model does not give one finite score per text.
-    """
-    given = reward(prompts, texts)
-    try:
-        scores = torch.as_tensor(given, dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{name} gave {given!r:.60}, which are no numbers; one score is needed for each of the "
-            f"{len(texts)} responses"
-        ) from error
-    if scores.shape != (len(texts),):
-        raise ValueError(
-            f"{name} gave scores of shape {tuple(scores.shape)} "
-            f"for {len(texts)} responses; one score each is needed"
-        )
-    if not bool(scores.isfinite().all()):
-        worst = int((~scores.isfinite()).nonzero()[0])
-        raise ValueError(
-            f"{name} gave {float(scores[worst])} for {texts[worst]!r}; scores must be finite"
-        )
-    return scores
+from rlkl.rollout.scoring import AnyReward, score_responses
 
 
 class PolicyPass(NamedTuple):
@@ -154,9 +113,9 @@ def token_statistics(
 
 def collect_rollout(
     responses: Responses,
-    reward: RewardModel,
+    reward: AnyReward,
     tokens: TokenRecord,
-    judges: Mapping[str, RewardModel] | None = None,
+    judges: Mapping[str, AnyReward] | None = None,
 ) -> Rollout:
     """Joins responses, their scores by `reward` and by the `judges`, and their token statistics."""
     return Rollout(
@@ -168,25 +127,3 @@ def collect_rollout(
             for name, judge in (judges or {}).items()
         },
     )
-
-
-class SumOfRewards:
-    """A reward model whose score is the sum of several's, added in float32."""
-
-    def __init__(self, rewards: Sequence[RewardModel]) -> None:
-        """Args: the reward models, at least one."""
-        if not rewards:
-            raise ValueError("reward_funcs is empty: give one reward model or more")
-        self.rewards = list(rewards)
-
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        """[B] sums.
-
-        Raises:
-            ValueError: one of the models does not give one finite score per response.
-        """
-        scores = [
-            score_texts(reward, prompts, responses, f"reward model {i} of {len(self.rewards)}")
-            for i, reward in enumerate(self.rewards, 1)
-        ]
-        return torch.stack([each.cpu() for each in scores]).sum(0)

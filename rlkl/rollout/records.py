@@ -3,7 +3,7 @@ tokens.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -44,6 +44,8 @@ class Responses:
     """[B, T] bool: True at real tokens. Never read off the token ids: pad may equal eos."""
     ended: Tensor
     """[B] bool: the response ended by itself; False where it was cut at the length limit."""
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    """What the data says of each prompt besides, by column, for rewards that read it. B each."""
 
     @property
     def input_ids(self) -> Tensor:

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from reward_models import RewardModel
+from rlkl.data import repeated
 from rlkl.kl import (
     KLPlacement,
     RaoBlackwellEstimator,
@@ -96,8 +98,8 @@ class PPOTrainer(TextTrainer):
 
     Args:
         model: the policy, a causal LM, its name, or one with a PEFT adapter. No dropout.
-        reward_funcs: a reward model (see `reward_models`), TRL's kind of function, or several
-            whose scores are added.
+        reward_funcs: a reward model (see `reward_models`), TRL's kind of function, which may read
+            further columns of the data by their names, or several whose scores are added.
         args: settings.
         train_dataset: prompts, in a column ``prompt``.
         eval_dataset: prompts for `evaluate`, or several sets of them by name.
@@ -159,27 +161,25 @@ class PPOTrainer(TextTrainer):
         if ref_model is None and not isinstance(model, PeftModel):
             ref_model = frozen_copy(model)
         self.ref_model = ref_model
+        self.reward = as_reward_model(reward_funcs)
+        self.judges = {
+            name: as_reward_model(each, "judges") for name, each in (judges or {}).items()
+        }
         self._check_data = partial(
             check_prompt_data,
             tokenizer=processing_class,
             models=[model] if ref_model is None else [model, ref_model],
+            rewards=[self.reward, *self.judges.values()],
             args=args,
         )
-        self._check_data(
-            train_dataset,
-            "train_dataset",
-            at_least=args.per_device_train_batch_size * args.world_size,
-        )
+        a_step = args.per_device_train_batch_size * args.world_size
+        self._check_data(train_dataset, "train_dataset", at_least=a_step)
         for name, data in named_sets(eval_dataset).items():
             self._check_data(data, name)
         own_trunk = frozen_copy(model).requires_grad_(True) if args.separate_value_model else None
         if own_trunk is not None and args.activation_checkpointing:
             enable_checkpointing(own_trunk, "the value model")
         self.critic = Critic(hidden_size(model), own_trunk)
-        self.reward = as_reward_model(reward_funcs)
-        self.judges = {
-            name: as_reward_model(each, "judges") for name, each in (judges or {}).items()
-        }
         self.kl_coefficient = args.kl_coefficient()
         super().__init__(model, args, train_dataset, processing_class, eval_dataset, callbacks)
         self.critic.to(args.device)
@@ -202,7 +202,7 @@ class PPOTrainer(TextTrainer):
         self.model.eval()  # dropout off: π_old, π and the reference must be the same functions
         clock = StepClock()
         with clock("step"):
-            responses = self.sample(inputs["prompt"], self._generator("sampling"), clock)
+            responses = self.sample(inputs["columns"], self._generator("sampling"), clock)
             with clock("statistics"):
                 first_pass = self.first_pass(responses)
             rollout = self.measure(responses, clock, first_pass)
@@ -214,27 +214,27 @@ class PPOTrainer(TextTrainer):
             self.kl_coefficient.update(metrics["objective/kl"], len(whole))
         metrics["episode"] = self._responses_so_far()
         self.noted["steps"].append(metrics | clock.seconds | {"loss": float(loss)})
-        every, step = self.args.log_completions_steps, self.state.global_step + 1
-        if every > 0 and (step - 1) % every == 0 and self.is_world_process_zero():
-            folder = Path(str(self.args.output_dir))
-            log_completions(whole, step, self.args.num_completions, folder)
+        log_completions(whole, self.state.global_step + 1, self.args)
         return loss
 
-    def sample(self, prompts: list[str], generator: torch.Generator, clock: StepClock) -> Responses:
-        """Prompts -> `num_generations` responses to each."""
+    def sample(
+        self, data: Mapping[str, Sequence[Any]], generator: torch.Generator, clock: StepClock
+    ) -> Responses:
+        """Prompts (and further columns) -> `num_generations` responses to each."""
         args = self.args
-        prompts = [prompt for prompt in prompts for _ in range(args.num_generations)]
+        columns = repeated(data, args.num_generations)
         with clock("generation"), self.accelerator.autocast():
-            return sample_responses(
+            responses = sample_responses(
                 self.model,
                 self.tokenizer,
-                prompts,
+                columns["prompt"],
                 args.response_length,
                 temperature=args.temperature,
                 generator=generator,
                 batch_size=args.local_rollout_forward_batch_size,
                 max_prompt_length=args.max_prompt_length,
             )
+        return replace(responses, columns=columns)
 
     def first_pass(self, responses: Responses) -> PolicyPass | None:
         """The policy's pass over the first minibatch, with its graph.
@@ -465,7 +465,7 @@ class PPOTrainer(TextTrainer):
         self._check_data(data, "eval_dataset")
         self.model.eval()
         clock = StepClock()
-        responses = self.sample(list(data["prompt"]), self._generator("evaluation"), clock)
+        responses = self.sample(data[:], self._generator("evaluation"), clock)
         summary = summarise(self.measure(responses, clock))
         return self.report_evaluation(
             {f"{metric_key_prefix}_{name}": value for name, value in summary.items()}

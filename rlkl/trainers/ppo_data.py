@@ -1,13 +1,12 @@
 """What PPO reads, checked whole before any work: prompts, and the models that are to read them."""
 
 import inspect
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterable
 from typing import Any, cast
 
 from datasets import Dataset
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from reward_models import RewardModel
@@ -17,12 +16,13 @@ from rlkl.kl.chunked import vocabulary_of
 from rlkl.models import check_apart, check_causal_lm, check_reference, output_head
 from rlkl.models.language_model import causal_lm, check_positions
 from rlkl.models.tokenizers import padding_id
-from rlkl.rollout import encode_prompts
-from rlkl.rollout.collect import SumOfRewards
+from rlkl.rollout import ColumnReward, FunctionReward, SumOfRewards, encode_prompts
+from rlkl.rollout.scoring import AnyReward
 from rlkl.trainers.config import PPOConfig
 from rlkl.trainers.text_trainer import check_rows, check_weights
 
 _ROWS = 256  # tokenised together
+_GIVEN = {"prompts", "completions", "completion_ids"}  # to reward functions, beside columns
 
 
 def check_prompt_data(
@@ -30,6 +30,7 @@ def check_prompt_data(
     which: str,
     tokenizer: PreTrainedTokenizerBase,
     models: list[nn.Module],
+    rewards: Iterable[AnyReward],
     args: PPOConfig,
     *,
     at_least: int = 1,
@@ -41,6 +42,7 @@ def check_prompt_data(
         which: its name, for the complaint.
         tokenizer: of the models.
         models: those that read prompts and responses.
+        rewards: reward models and judges, of which some may read columns.
         args: the lengths.
         at_least: how many prompts are needed.
 
@@ -51,6 +53,7 @@ def check_prompt_data(
     padding_id(tokenizer)  # or it says what to do
     check_prompts(data, which, at_least)
     assert data is not None  # checked above
+    check_columns(rewards, data, which)
     for begin in range(0, len(data), _ROWS):
         prompts = data[begin : begin + _ROWS]["prompt"]
         try:
@@ -62,7 +65,7 @@ def check_prompt_data(
             raise ValueError(f"{which}, rows {begin} to {end}: {error}") from error
 
 
-def as_reward_model(reward: Any, which: str = "reward_funcs") -> RewardModel:
+def as_reward_model(reward: Any, which: str = "reward_funcs") -> AnyReward:
     """A reward model; a function of TRL's kind, (prompts, completions, **columns), is one too, and
     a list of either: their scores are added.
 
@@ -74,31 +77,39 @@ def as_reward_model(reward: Any, which: str = "reward_funcs") -> RewardModel:
     if not callable(reward):
         raise ValueError(f"{which} has a {type(reward).__name__}: pass reward models")
     signature = inspect.signature(reward)
-    of_trl = "completions" in signature.parameters
-    for texts in (("prompts", "completions"), ("completions",)):
-        if of_trl and _takes(signature, **dict.fromkeys(texts)):
-            return partial(_as_trl_calls, reward, texts)
-    if of_trl or not _takes(signature, None, None):
-        raise ValueError(
-            f"{which} has a function of ({', '.join(signature.parameters)}): give it the "
-            "parameters (prompts, responses), or TRL's (prompts, completions, **columns)"
-        )
-    return cast(RewardModel, reward)
+    parameters = signature.parameters.values()
+    all_there_is = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    if "completions" not in signature.parameters:
+        try:
+            signature.bind([], [])
+        except TypeError as error:
+            if not all_there_is:
+                raise ValueError(
+                    f"{which} has a function of ({', '.join(signature.parameters)}): give it the "
+                    "parameters (prompts, responses), or TRL's (prompts, completions, **columns)"
+                ) from error
+        else:
+            return cast(RewardModel, reward)
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    takes = None if all_there_is else frozenset(p.name for p in named)
+    needs = {p.name for p in named if p.default is p.empty} - _GIVEN
+    return FunctionReward(reward, takes, frozenset(needs))
 
 
-def _takes(signature: inspect.Signature, *given: Any, **named: Any) -> bool:
-    try:
-        signature.bind(*given, **named)
-    except TypeError:
-        return False
-    return True
+def check_columns(rewards: Iterable[AnyReward], data: Dataset, which: str) -> None:
+    """Refuses data without a column that a reward or judge is to read.
 
-
-def _as_trl_calls(
-    reward: Any, texts: Sequence[str], prompts: Sequence[str], responses: Sequence[str]
-) -> Tensor:
-    given = {"prompts": list(prompts), "completions": list(responses)}
-    return reward(**{name: given[name] for name in texts})
+    Raises:
+        ValueError: says which.
+    """
+    for reward in rewards:
+        needs = reward.needs if isinstance(reward, ColumnReward) else frozenset()
+        if lacking := sorted(needs - set(data.column_names)):
+            raise ValueError(
+                f"a reward function takes {', '.join(map(repr, lacking))}, which {which} does not "
+                f"have (its columns: {', '.join(data.column_names)}): add a column of that name, "
+                "or give the parameter a default"
+            )
 
 
 def check_models(

@@ -16,6 +16,7 @@ from transformers.integrations import WandbCallback
 from rlkl.kl import sequence_kl
 from rlkl.rollout import Rollout
 from rlkl.rollout.summary import REPORTED_ESTIMATORS, token_kl
+from rlkl.trainers.config import PPOConfig
 from rlkl.trainers.run_config import WandbArguments
 
 
@@ -123,8 +124,13 @@ def log_final(metrics: dict[str, dict[str, float]]) -> None:
         )
 
 
-def log_completions(rollout: Rollout, step: int, count: int, folder: Path) -> None:
-    """The first `count` responses with their scores and KL: to ``completions.jsonl`` and to W&B."""
+def log_completions(rollout: Rollout, step: int, args: PPOConfig) -> None:
+    """The first responses with their scores and KL, in the steps of which the settings want it: to
+    ``completions.jsonl`` and to W&B.
+    """
+    every = args.log_completions_steps
+    if every <= 0 or (step - 1) % every or args.process_index:
+        return
     mask = rollout.responses.mask
     kl = {name: sequence_kl(token_kl(name, rollout), mask).tolist() for name in REPORTED_ESTIMATORS}
     rows = [
@@ -136,9 +142,9 @@ def log_completions(rollout: Rollout, step: int, count: int, folder: Path) -> No
             **{f"judge/{name}": float(s[i]) for name, s in rollout.other_scores.items()},
             **{f"kl/{name}": values[i] for name, values in kl.items()},
         }
-        for i in range(min(count, len(rollout)))
+        for i in range(min(args.num_completions, len(rollout)))
     ]
-    with (folder / "completions.jsonl").open("a") as file:
+    with (Path(str(args.output_dir)) / "completions.jsonl").open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     if wandb.run is not None:
         table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])

@@ -22,7 +22,8 @@ from rlkl.rollout import (
     summarise,
     token_statistics,
 )
-from rlkl.rollout.collect import SumOfRewards, policy_pass
+from rlkl.rollout.collect import policy_pass
+from rlkl.rollout.scoring import SumOfRewards
 from rlkl.trainers.metrics import described
 
 PROMPTS = ["the film", "it", "I found this plot and the end", "a plot", "on", "so it is"]
@@ -213,7 +214,7 @@ def test_several_rewards_are_added_in_float32(large, dtype):
         lambda prompts, texts, value=value: torch.tensor([value], dtype=dtype)
         for value in (large, 1)
     )
-    assert SumOfRewards([first, second])(["the"], ["film"]).tolist() == [large + 1]
+    assert SumOfRewards([first, second]).bound_to({})(["the"], ["film"]).tolist() == [large + 1]
 
 
 def test_no_reward_model_is_refused():

@@ -1,5 +1,6 @@
 """The evaluator: clustered errors, the same measurement for every cell, and what it writes."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -116,7 +117,7 @@ def test_a_cell_is_measured_at_its_end_and_its_kept_checkpoints(
     record = json.loads((cell / "points.json").read_text())
     assert [point["step"] for point in record["points"]] == [1, 2]
     assert {"kl", "kl_se", "reward", "reward_se", "judge", "judge_se"} <= record["points"][0].keys()
-    assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["torch"] == importlib.metadata.version("torch")
     assert record["measured"] == Evaluator(settings, EVALUATION).measured()
     assert not (cell / "run" / "checkpoint-1").exists()
 

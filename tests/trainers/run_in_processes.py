@@ -54,12 +54,12 @@ AS_TWO_PROCESSES_TAKE_THEM = [0, 1, 4, 5, 2, 3, 6, 7]
 class PromptwisePPO(RaoBlackwellPPOTrainer):
     """Answers each prompt by itself."""
 
-    def sample(self, prompts: list[str], generator: torch.Generator, clock: Any) -> Responses:
+    def sample(self, data: Any, generator: torch.Generator, clock: Any) -> Responses:
         """Draws that no other prompt has a part in."""
         parts = []
-        for prompt in prompts:
+        for prompt in data["prompt"]:
             generator = generator_of("cpu", self.state.global_step, *prompt.encode())
-            parts.append(super().sample([prompt], generator, clock))
+            parts.append(super().sample({"prompt": [prompt]}, generator, clock))
         return joined(parts)
 
 

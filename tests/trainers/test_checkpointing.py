@@ -67,7 +67,7 @@ def test_ppos_passes_keep_less(make_trainer, make_lm):
     for recomputed in (False, True):
         model = make_lm(n_layer=6)
         trainer = make_trainer(PPOTrainer, model=model, activation_checkpointing=recomputed)
-        responses = trainer.sample(["the film is"] * 8, torch.Generator(), _no_clock)
+        responses = trainer.sample({"prompt": ["the film is"] * 8}, torch.Generator(), _no_clock)
         kept.append(saved(model, trainer.policy_pass, responses))
         assert not any(module.training for module in trainer.model.modules())
     assert kept[1] < 0.25 * kept[0]

@@ -74,7 +74,9 @@ def test_a_policy_that_is_not_finite_is_not_evaluated(make_trainer, prompts):
 
 def test_a_kl_that_is_infinite_says_that_the_reference_forbids_something(make_trainer):
     trainer = make_trainer()
-    responses = trainer.sample(["it", "a plot"], trainer._generator("sampling"), StepClock())
+    responses = trainer.sample(
+        {"prompt": ["it", "a plot"]}, trainer._generator("sampling"), StepClock()
+    )
     rollout = trainer.measure(responses, StepClock())
     ref_logp = rollout.tokens.ref_logp.clone()
     ref_logp[0, 0] = -torch.inf

@@ -170,7 +170,9 @@ def test_a_step_leaves_the_gradient_of_score_and_surrogate_on_its_own_rollout(
     changes = PURE | {"kl_estimator": estimator, "kl_placement": placement, "num_ppo_epochs": 1}
     trainer = make_trainer(Recording, ref_model=make_lm(seed=1), **changes)
     trainer.create_optimizer()
-    trainer.training_step(trainer.model, {"prompt": ["the film", "I found this plot", "it"]})
+    trainer.training_step(
+        trainer.model, {"columns": {"prompt": ["the film", "I found this plot", "it"]}}
+    )
     ours = torch.cat([p.grad.double().flatten() for p in trainer.model.parameters()])
 
     rollout, kl = trainer.last_rollout, get_estimator(estimator)

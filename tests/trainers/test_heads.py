@@ -59,7 +59,7 @@ def test_a_step_trains_and_measures_the_kl_of_the_models_themselves(
     assert second["kl/rb"] > 1e-4
     clock = StepClock()
     prompts = ["the film", "I found this plot"] * 2
-    responses = trainer.sample(prompts, torch.Generator().manual_seed(0), clock)
+    responses = trainer.sample({"prompt": prompts}, torch.Generator().manual_seed(0), clock)
     measured = trainer.measure(responses, clock).tokens.kl[responses.mask]
     torch.testing.assert_close(
         measured, model_kl(trainer, responses).to(measured.dtype), rtol=1e-3, atol=1e-5

@@ -146,7 +146,9 @@ def test_scores_that_are_all_equal_teach_nothing(make_trainer):
     )
     policy = state_of(trainer.model)
     trainer.create_optimizer()
-    trainer.training_step(trainer.model, {"prompt": ["the film", "it", "a plot", "so"]})
+    trainer.training_step(
+        trainer.model, {"columns": {"prompt": ["the film", "it", "a plot", "so"]}}
+    )
     largest = max(float(p.grad.abs().max()) for p in trainer.model.parameters())
     assert largest < 1e-6
     assert all(torch.equal(v, policy[k]) for k, v in trainer.model.state_dict().items())
