@@ -23,7 +23,7 @@ from rlkl.rollout import (
     token_statistics,
 )
 from rlkl.rollout.collect import policy_pass
-from rlkl.rollout.scoring import SumOfRewards
+from rlkl.rollout.scoring import FunctionReward, SumOfRewards
 from rlkl.trainers.metrics import described
 
 PROMPTS = ["the film", "it", "I found this plot and the end", "a plot", "on", "so it is"]
@@ -177,6 +177,16 @@ def test_several_rewards_are_added_and_judges_are_kept_apart(lm, ref, responses)
     expected = score_responses(LexiconReward(), responses) + score_responses(length, responses)
     assert torch.equal(rollout.scores, expected)
     assert torch.equal(rollout.other_scores["length"], score_responses(length, responses))
+
+
+def test_a_function_is_given_the_tokens_without_padding(responses):
+    def length(completions, completion_ids):
+        return [len(ids) for ids in completion_ids]
+
+    reward = FunctionReward(length, frozenset({"completions", "completion_ids"}), frozenset())
+    scores = score_responses(reward, responses)
+    assert torch.equal(scores, responses.mask.sum(1).float())
+    assert scores.unique().numel() > 1
 
 
 @pytest.mark.parametrize(
