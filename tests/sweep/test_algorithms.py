@@ -205,7 +205,7 @@ def test_the_shipped_sweep_in_small_goes_on_after_a_stop_and_ends_in_one_page(
     folder.mkdir()
     worker._write_plan(cells["rloo"], folder)
     words = json.loads((folder / "cell.json").read_text())["command"]
-    assert words == ["-m", "rlkl.cli.main", "rloo"]
+    assert words == ["-m", "rlkl", "rloo"]
     with monkeypatch.context() as stopped:
 
         def at_once(self, args, state, control, **kwargs):
