@@ -54,7 +54,9 @@ def audit(
     Measures every estimator in every placement, and the KL terms of TRL, verl,
     OpenRLHF and the KL-RB code, on a language model so small that all of its
     responses are listed: the numbers are exact. Sampling "on": the policy's
-    own responses; "off": those of an older policy.
+    own responses; "off": those of an older policy. The estimators of whole
+    responses (cv, mcv, ht) measure and are not trained on: they have a value
+    and no gradient; ht is for the policy's own responses alone.
 
     \b
     Examples:

@@ -15,6 +15,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from rlkl.cli.errors import fail
 from rlkl.models import load_causal_lm
+from rlkl.trainers.run_config import check_numbers
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -63,6 +64,7 @@ class SettingsParser(TrlParser):
         if unknown:
             raise ValueError(f"there is no setting {' '.join(unknown)!r}: --help lists them all")
         for each in settings:
+            check_numbers(each)
             if isinstance(each, ModelConfig):
                 _refuse_unread(each)
             elif getattr(each, "resume_from_checkpoint", None):

@@ -30,7 +30,10 @@ Spec = Annotated[
 ]
 Storage = Annotated[
     str | None,
-    typer.Option(help="SQLAlchemy address (sqlite:///…, postgresql://…); default: OUT/sweep.db."),
+    typer.Option(
+        help="SQLAlchemy address (sqlite:///…, postgresql://…); default: what OUT remembers from "
+        "the last time (never the password: set PGPASSWORD), else OUT/sweep.db."
+    ),
 ]
 Name = Annotated[str | None, typer.Option(help="Which sweep, where the storage holds several.")]
 Out = Annotated[Path | None, typer.Option(help="Folder of the sweep; default: runs/NAME.")]
@@ -97,21 +100,24 @@ def _run(
     """Runs a sweep to its end; None where it is only shown."""
     with refusing_bad_input():
         check_writable(json, None)
-        from rlkl.sweep.driver import Driver, begin_sweep, default_folder, default_storage
+        from rlkl.sweep.driver import Driver, begin_sweep, default_folder
         from rlkl.sweep.spec_file import load_spec
         from rlkl.sweep.status import duration, status_table
+        from rlkl.sweep.storage import Remembered, default_storage, remembered, shown
 
         with console.status("reading the spec and checking every cell's settings"):
             loaded = load_spec(spec, command_named)
         folder = out or default_folder(loaded)
-        url = storage or default_storage(folder)
         if dry_run:
             print_plan(console, loaded, workers)
             return None
-        ledger = begin_sweep(loaded, url, folder)
+        where = Remembered(storage) if storage else remembered(folder)
+        where = where or Remembered(default_storage(folder))
+        with where.refused():
+            ledger = begin_sweep(loaded, where.storage, folder)
         driver = Driver(ledger, folder, workers, threads)
     rows = max(10, console.height - 8)
-    console.print(f"[dim]{folder}, {url}; Ctrl-C stops with checkpoints[/dim]")
+    console.print(f"[dim]{folder}, {shown(where.storage)}; Ctrl-C stops with checkpoints[/dim]")
     begin = time.monotonic()
     try:
         with Live(console=console, refresh_per_second=2) as live:
@@ -166,31 +172,42 @@ def work(
     out: Out = None,
     threads: Threads = None,
     recipe: Recipe = None,
+    json: JsonOut = None,
 ) -> None:
     """Join a sweep as one more worker, from any machine that reaches its storage.
 
     rlkl sweep work --storage postgresql://me@host/sweeps --name sweep_kl
+
+    --json has the cells as `status --json` has them, when this worker has ended or was stopped, and
+    its name among their workers.
     """
-    console = Console()
     with refusing_bad_input():
+        check_writable(json, None)
         from rlkl.sweep.ledger import Ledger
+        from rlkl.sweep.storage import remember
         from rlkl.sweep.worker import Worker
 
         ledger = Ledger(storage, name)
         stop = threading.Event()
+        folder = out or Path("runs") / ledger.name
         worker = Worker(
             ledger,
-            out or Path("runs") / ledger.name,
+            folder,
             threads or os.cpu_count() or 1,
             recipe=None if recipe is None else str(recipe.resolve()),
             stop=stop,
         )
+        remember(folder, storage, ledger.name)
     signal.signal(signal.SIGINT, lambda *_: stop.set())
-    console.print(f"working on {ledger.name}; Ctrl-C stops with a checkpoint")
-    worker.work()
+    with console_beside(json) as console:
+        console.print(f"working on {ledger.name}; Ctrl-C stops with a checkpoint")
+        worker.work()
+        if not stop.is_set():
+            console.print("no cell is left")
+    if json is not None:
+        write_json({"worker": worker.name, **_progress(ledger)}, json)
     if stop.is_set():
         raise SystemExit(130)
-    console.print("no cell is left")
 
 
 @sweep_app.command()
@@ -362,29 +379,36 @@ def _open(
     """The sweep that is meant: by its spec's name, by its folder (also in the spec's place), or
     by its storage; without any of these, the only one in ``runs``.
 
+    A folder remembers the storage of its sweep.
+
     Raises:
         ValueError: none of them is given, and ``runs`` has several or none.
     """
-    from rlkl.sweep.driver import default_storage
     from rlkl.sweep.ledger import Ledger
+    from rlkl.sweep.storage import Remembered, remembered
 
     if spec is not None and spec.is_dir():
         spec, out = None, out or spec
     name = name or (_name_in(spec) if spec is not None else None)
     if storage is None and out is None and name is None:
-        found = sorted(path.parent for path in Path("runs").glob("*/sweep.db"))
+        found = sorted(f for f in Path("runs").glob("*") if remembered(f) is not None)
         if len(found) != 1:
             here = f" (here are {', '.join(map(str, found))})" if found else ""
             raise ValueError(f"which sweep? give its SPEC, --out FOLDER, or --storage URL{here}")
         out = found[0]
     if out is None and name is not None:
         out = Path("runs") / name
-    if storage is None:
+    where = None if storage is None else Remembered(storage, name)
+    if where is None:
         assert out is not None  # of the name, or found
-        if not (out / "sweep.db").is_file():
-            raise ValueError(f"{out} holds no sweep (no sweep.db); `rlkl sweep run` begins one")
-        storage = default_storage(out)
-    ledger = Ledger(storage, name)
+        where = remembered(out)
+    if where is None:
+        raise ValueError(
+            f"{out} holds no sweep (no sweep.db, and no storage.json that says where it is); "
+            "`rlkl sweep run` begins one"
+        )
+    with where.refused():
+        ledger = Ledger(where.storage, name or where.name)
     return ledger, out or Path("runs") / ledger.name
 
 

@@ -192,7 +192,13 @@ def audit(models: Models, *, top_k: int = 2, truncate_at: float = 1.5) -> dict[s
             row
             for which, sampling, terms in (
                 (on, "on", plain_terms(top_k) + response_terms()),
-                (off, "off", plain_terms(top_k) + weighted_terms(truncate_at)),
+                (
+                    off,
+                    "off",
+                    plain_terms(top_k)
+                    + weighted_terms(truncate_at)
+                    + response_terms("value only, weighted"),
+                ),
             )
             for row in _rows(terms, which, sampling, exact, gradient)
         ]

@@ -124,8 +124,12 @@ def weighted_terms(truncate_at: float) -> list[Term]:
     return terms
 
 
-def response_terms() -> list[Term]:
-    """Response-level estimators with their best coefficients: what fitted ones tend to."""
+def response_terms(placement: str = "value only") -> list[Term]:
+    """Response-level estimators with their best coefficients: what fitted ones tend to.
+
+    They measure whole responses, and no trainer differentiates them. Those of another sampler are
+    weighted (`response_statistics`); ht has to know with which probability each was drawn.
+    """
     terms = []
     for name, estimator in RESPONSE_ESTIMATORS.items():
         if isinstance(estimator, ControlVariateEstimator):
@@ -147,7 +151,7 @@ def response_terms() -> list[Term]:
                     best = torch.full_like(best, estimator.coefficient)
                 return anchor + controls @ best
 
-            terms.append(Term(name, "value only", value, None))
+            terms.append(Term(name, placement, value, None))
     return terms
 
 

@@ -69,6 +69,9 @@ def summarise(rollout: Rollout) -> dict[str, float]:
         put(f"judge/{name}", *mean_and_stderr(scores, groups))
     entropy = per_token_mean_and_stderr(rollout.tokens.entropy, mask, groups)
     put("policy/entropy_per_token", *entropy)
+    surprise = torch.where(mask, -rollout.tokens.policy_logp, 0.0).sum(1)  # [B]
+    put("objective/entropy", *mean_and_stderr(surprise, groups))
     put("response/length", *mean_and_stderr(mask.sum(1).float(), groups))
+    metrics["val/num_eos_tokens"] = float(rollout.responses.ended.sum())
     metrics["response/truncated_fraction"] = float((~rollout.responses.ended).float().mean())
     return metrics

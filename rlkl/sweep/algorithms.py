@@ -31,7 +31,7 @@ CHOICES = "ppo, rloo or grpo"
 
 def command_of(algorithm: str) -> list[str]:
     """Its command, as words for Python."""
-    return ["-m", "rlkl.cli.main", algorithm]
+    return ["-m", "rlkl", algorithm]
 
 
 def in_own_names(algorithm: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
-from rlkl.sweep.ledger import Ledger, engine_of, open_ledger, sweep_names
+from rlkl.sweep.ledger import Ledger, open_ledger, sweep_names
 from rlkl.sweep.spec import SweepSpec
+from rlkl.sweep.spec_file import spec_yaml
+from rlkl.sweep.storage import engine_of, remember
 from rlkl.sweep.study import ConfigurationStudy
 from rlkl.sweep.worker import threads_for
 
@@ -24,13 +28,10 @@ def default_folder(spec: SweepSpec) -> Path:
     return Path("runs") / spec.name
 
 
-def default_storage(folder: Path) -> str:
-    """The sweep's own SQLite database."""
-    return f"sqlite:///{folder.resolve() / 'sweep.db'}"
-
-
 def begin_sweep(spec: SweepSpec, storage: str, folder: Path) -> Ledger:
     """Opens the sweep in the storage and puts its cells there, as far as they are known.
+
+    The folder gets the whole spec (``sweep.yaml``, to be run again), and remembers the storage.
 
     Raises:
         ValueError: the folder holds the cells of another sweep, or the storage another spec.
@@ -44,6 +45,10 @@ def begin_sweep(spec: SweepSpec, storage: str, folder: Path) -> Ledger:
                 f"{cell} belongs to another sweep: choose another --out, or delete {folder}"
             )
     ledger = open_ledger(storage, spec, identity)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "sweep.yaml").exists():  # it may be the user's own
+        (folder / "sweep.yaml").write_text(spec_yaml(asdict(spec)), encoding="utf-8")
+    remember(folder, storage, spec.name)
     if spec.evaluation.reference_samples > 0:
         ledger.add_reference()
     ConfigurationStudy(ledger).settle()
@@ -84,13 +89,17 @@ class Driver:
 
     def _start(self, number: int) -> subprocess.Popen[bytes]:
         with (self.folder / f"worker-{number}.log").open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "rlkl.sweep.worker", json.dumps(self.command)],
-                stdin=subprocess.DEVNULL,
+            worker = subprocess.Popen(
+                [sys.executable, "-m", "rlkl.sweep.worker"],
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        assert worker.stdin is not None
+        with suppress(BrokenPipeError), worker.stdin:  # not as words, which every user can list
+            worker.stdin.write(json.dumps(self.command).encode())
+        return worker
 
     def run(self, on_tick: Callable[[], None], seconds_between: float = 1.0) -> None:
         """Waits until every cell has ended; a worker that was killed is replaced.

@@ -91,6 +91,8 @@ def findings(analysis: Analysis) -> list[dict[str, Any]]:
             )
             + (f" {lost} runs beyond have less reward than the reference." if lost else "")
         )
+    if result.response_lengths:
+        say(_cut(result))
     seeds = {p.seed for p in result.points}
     if len(seeds) < 3:
         say(
@@ -105,6 +107,26 @@ def findings(analysis: Analysis) -> list[dict[str, Any]]:
     if result.failed:
         say(f"{len(result.failed)} cells failed and are missing here.", warn=True)
     return lines
+
+
+def _cut(result: SweepResult) -> str:
+    """Of what responses the KL is: that of whole ones is never smaller."""
+    shares = [p.extra["truncated"] for p in result.ends if "truncated" in p.extra]
+    cut = ""
+    if shares:
+        cut = f", as {min(shares):.0%} to {max(shares):.0%} of a run's were"
+    return (
+        f"KL is that of responses cut at {cut_at(result)}{cut}: that of whole responses is the "
+        "same or larger."
+    )
+
+
+def cut_at(result: SweepResult) -> str:
+    """The tokens at which responses were cut; with the arms where they differ."""
+    arms = result.response_lengths
+    if len(arms) == 1:
+        return f"{next(iter(arms))} tokens"
+    return " or ".join(f"{length} tokens ({', '.join(of)})" for length, of in sorted(arms.items()))
 
 
 def _best_of(runs: list[tuple[Efficiency, Point]]) -> str:

@@ -15,7 +15,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -23,6 +22,7 @@ from sqlalchemy import exc
 from sqlalchemy.schema import CreateTable
 
 from rlkl.sweep.spec import EVALUATED_FIELDS, Configuration, SweepSpec
+from rlkl.sweep.storage import engine_of, shown, without_password
 
 METADATA = sa.MetaData()
 SWEEPS = sa.Table(
@@ -99,42 +99,6 @@ class Cell:
     error: str | None
 
 
-def engine_of(url: str) -> sa.Engine:
-    """The database; SQLite's folder is made and its writers wait for one another.
-
-    Connections are not kept: a worker needs one every few seconds, and none outlives a fork.
-
-    Raises:
-        ValueError: not an address, or its driver is not installed.
-    """
-    try:
-        return _engine(url)
-    except (exc.ArgumentError, exc.NoSuchModuleError) as error:
-        raise ValueError(
-            f"storage {url!r} is no address such as sqlite:///file.db or postgresql://user@host/name"
-        ) from error
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"storage {url!r} needs {error.name}: pip install 'rlkl[postgres]'"
-        ) from error
-
-
-def _engine(url: str) -> sa.Engine:
-    parsed = sa.make_url(url)
-    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
-        raise exc.NoSuchModuleError
-    if parsed.get_backend_name() == "sqlite":
-        if parsed.database in (None, "", ":memory:"):
-            raise ValueError(
-                f"storage {url!r} ends with its process: name a file, sqlite:///file.db"
-            )
-        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-        return sa.create_engine(parsed, poolclass=sa.NullPool, connect_args={"timeout": 120})
-    if parsed.get_backend_name() == "postgresql":
-        parsed = parsed.set(drivername="postgresql+psycopg")
-    return sa.create_engine(parsed, poolclass=sa.NullPool)
-
-
 class Ledger:
     """The cells of one sweep.
 
@@ -150,12 +114,12 @@ class Ledger:
         self.url, self.engine = url, engine_of(url)
         names = sweep_names(self.engine)
         if name is None and not names:
-            raise ValueError(f"{url} holds no sweep; `rlkl sweep run` begins one")
+            raise ValueError(f"{shown(url)} holds no sweep; `rlkl sweep run` begins one")
         if name is None and len(names) != 1:
-            raise ValueError(f"{url} holds the sweeps {names}; choose one by --name")
+            raise ValueError(f"{shown(url)} holds the sweeps {names}; choose one by --name")
         self.name = name if name is not None else names[0]
         if self.name not in names:
-            raise ValueError(f"{url} holds no sweep {self.name!r}; it holds {names}")
+            raise ValueError(f"{shown(url)} holds no sweep {self.name!r}; it holds {names}")
         with self.engine.connect() as db:
             row = db.execute(sa.select(SWEEPS).where(SWEEPS.c.name == self.name)).one()
         self.identity, self.spec = str(row.identity), SweepSpec.from_json(row.spec)
@@ -390,7 +354,7 @@ def sweep_names(engine: sa.Engine) -> list[str]:
         if not sa.inspect(engine).has_table(SWEEPS.name):
             return []
     except exc.DatabaseError as error:
-        raise ValueError(f"cannot open {engine.url}: {error.orig}") from error
+        raise ValueError(f"cannot open {without_password(engine.url)}: {error.orig}") from error
     with engine.connect() as db:
         return list(db.execute(sa.select(SWEEPS.c.name).order_by(SWEEPS.c.name)).scalars())
 
@@ -413,7 +377,7 @@ def open_ledger(url: str, spec: SweepSpec, identity: str) -> Ledger:
     except exc.IntegrityError:  # the primary key: it is there
         pass
     except exc.DatabaseError as error:
-        raise ValueError(f"cannot write to {engine.url}: {error.orig}") from error
+        raise ValueError(f"cannot write to {without_password(engine.url)}: {error.orig}") from error
     ledger = Ledger(url, spec.name)
     _same_sweep(ledger.spec, spec, url)
     return ledger
@@ -428,6 +392,6 @@ def _same_sweep(stored: SweepSpec, given: SweepSpec, url: str) -> None:
     for name in before:
         if name not in ("config", "minutes_per_cell") and before[name] != now[name]:
             raise ValueError(
-                f"{url} holds a sweep {given.name!r} with other {name}: give the new one another "
-                "name, or another --storage"
+                f"{shown(url)} holds a sweep {given.name!r} with other {name}: give the new one "
+                "another name, or another --storage"
             )

@@ -118,6 +118,17 @@ class SweepResult:
         return ways
 
     @property
+    def response_lengths(self) -> dict[int, list[str]]:
+        """The arms by the tokens at which their responses were cut; empty where no record says."""
+        arms: dict[int, list[str]] = {}
+        said = self.spec.get("settings", {}).get("response_length")
+        for point in sorted(self.points, key=lambda p: p.configuration):
+            length = point.measured.get("response_length", said)
+            if length is not None and point.arm not in arms.setdefault(length, []):
+                arms[length].append(point.arm)
+        return arms
+
+    @property
     def ends(self) -> list[Point]:
         """The points at the ends of the runs."""
         return [point for point in self.points if point.last]
@@ -311,4 +322,6 @@ def collect(ledger: Ledger) -> SweepResult:
     spec = json.loads(ledger.spec.to_json())
     for name in ("recipe", "config"):  # where they lie on this machine says nothing to others
         spec[name] = spec[name] and Path(spec[name]).name
+    script = spec["evaluation"]["script"]
+    spec["evaluation"]["script"] = script and Path(script).name
     return SweepResult(ledger.name, points, reference, samples, failed, spec, versions)

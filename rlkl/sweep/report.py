@@ -18,12 +18,17 @@ import rlkl
 from rlkl.sweep import figures
 from rlkl.sweep.analysis import Comparison
 from rlkl.sweep.export import Analysis, analyse, frontier_json, write_csv
-from rlkl.sweep.findings import findings, missing_runs, percent, plain, signed
+from rlkl.sweep.findings import cut_at, findings, missing_runs, percent, plain, signed
 from rlkl.sweep.records import SweepResult
+from rlkl.sweep.spec_file import spec_yaml
 
 FILES = ("index.html", "frontier.png", "frontier.pdf", "points.csv", "frontier.json")
 FILES += ("records.jsonl", "spec.yaml", "versions.json")
 Z = figures.Z
+_SPEC_HEAD = """\
+# The sweep of this report: rlkl sweep run spec.yaml
+# A recipe or script is looked for beside this file; give its path where it lies elsewhere.
+"""
 
 
 def write_report(result: SweepResult, folder: Path) -> Analysis:
@@ -38,7 +43,7 @@ def write_report(result: SweepResult, folder: Path) -> Analysis:
     write_csv(analysis, folder / "points.csv")
     (folder / "frontier.json").write_text(json.dumps(frontier_json(analysis)) + "\n")
     result.save(folder / "records.jsonl")
-    (folder / "spec.yaml").write_text(yaml.safe_dump(result.spec, sort_keys=False))
+    (folder / "spec.yaml").write_text(_SPEC_HEAD + spec_yaml(result.spec), encoding="utf-8")
     (folder / "versions.json").write_text(json.dumps(versions(result), indent=2) + "\n")
     return analysis
 
@@ -89,7 +94,7 @@ def page(analysis: Analysis) -> str:
         comparisons=[_comparison_row(analysis, c) for c in front.comparisons],
         configurations=_configuration_rows(analysis),
         samples=_samples(result),
-        spec=yaml.safe_dump(result.spec, sort_keys=False),
+        spec=spec_yaml(result.spec),
         measured=yaml.safe_dump_all(result.measured, sort_keys=False),
         versions=yaml.safe_dump(versions(result), sort_keys=False),
     )
@@ -110,11 +115,13 @@ def _caption(analysis: Analysis) -> str:
     evaluation = result.spec.get("evaluation", {})
     asked = evaluation.get("prompts", "?")  # where a record does not say how many
     measured = " or ".join({str(point.extra.get("prompts", asked)) for point in result.points})
+    cut = f", of responses cut at {cut_at(result)}" if result.response_lengths else ""
     commands = " and ".join(f"rlkl {name}" for name in result.algorithms)
     text = (f"Trained by {commands}. " if commands else "") + (
         f"Every run is measured on the same {measured} held-out prompts, "
         f"{evaluation.get('responses_per_prompt', '?')} responses each, with the same random "
-        "numbers; KL exact per token; error bars are 1.96 standard errors, clustered by prompt. "
+        f"numbers; KL exact per token{cut}; error bars are 1.96 standard errors, clustered by "
+        "prompt. "
         "Click a point for its texts."
     )
     if reference is not None and result.curve("optimal"):

@@ -1,7 +1,7 @@
 """The YAML of a sweep, read and checked."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,19 @@ def _commands(
             raise ValueError("load_spec needs the commands: give it rlkl.cli.sweep.command_named")
         found[algorithm] = command(algorithm)
     return found
+
+
+def spec_yaml(spec: Mapping[str, Any]) -> str:
+    """The YAML of a spec, given as `dataclasses.asdict` has it: `load_spec` reads it again.
+
+    It is whole: what the base config says stands in its settings.
+    """
+    given = {f.name: spec.get(f.name) for f in fields(SweepSpec) if f.name != "config"}
+    given = {name: value for name, value in given.items() if value not in (None, {})}
+    if "search" in given:
+        own = {name: value for name, value in given["search"].items() if name != "fields"}
+        given["search"] = own | given["search"]["fields"]
+    return yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):

@@ -17,8 +17,9 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 from sqlalchemy import NullPool
 
-from rlkl.sweep.ledger import Cell, Ledger, engine_of
+from rlkl.sweep.ledger import Cell, Ledger
 from rlkl.sweep.spec import SearchSpec
+from rlkl.sweep.storage import engine_of
 
 
 class ConfigurationStudy:

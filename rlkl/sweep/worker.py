@@ -294,8 +294,11 @@ def threads_for(workers: int) -> int:
 
 
 def main() -> None:
-    """Entry point of a worker that a driver has started: its arguments are one JSON object."""
-    given = json.loads(sys.argv[1])
+    """Entry point of a worker that a driver has started: it is told what to do on standard input.
+
+    That is one JSON object; the storage's address in it may have a password.
+    """
+    given = json.load(sys.stdin)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())

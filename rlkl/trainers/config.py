@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from rlkl.kl import AdaptiveKLCoefficient, FixedKLCoefficient, KLCoefficient
-from rlkl.trainers.run_config import RunArguments
+from rlkl.trainers.run_config import RunArguments, check_numbers
 
 
 @dataclass
@@ -176,6 +176,7 @@ class PPOConfig(RunArguments):
                 f"kl_horizon is {self.kl_horizon}; an adaptive β moves by up to 20% in as many "
                 f"responses: use more than a step's {step}"
             )
+        check_numbers(self)
 
     def kl_coefficient(self) -> KLCoefficient:
         """β: `kl_coef`, or what is adapted from there towards `kl_target`."""

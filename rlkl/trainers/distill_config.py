@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from rlkl.kl import DIVERGENCES, Divergence, get_divergence
-from rlkl.trainers.run_config import RunArguments, check_fp16
+from rlkl.trainers.run_config import RunArguments, check_fp16, check_numbers
 
 
 @dataclass
@@ -90,6 +90,7 @@ class DistillConfig(RunArguments):
         if self.on_policy_gradient == "sequence":
             self._check_sequence_gradient()
         self.divergence()
+        check_numbers(self)
 
     def _check_sequence_gradient(self) -> None:
         if self.loss != "rkl":

@@ -19,6 +19,10 @@ VOCABULARY: dict[str, str] = {
     "kl/k3_per_token": "Σ_bt (exp(−u_t) − 1 + u_t) / Σ_b T_b. Nats per token",
     "kl/rb_per_token": "Σ_bt D_t / Σ_b T_b. Nats per token",
     "objective/kl": "mean_b Σ_t k_t, k the estimator that is penalised. Nats per response",
+    "objective/entropy": (
+        "mean_b −log π(y_b) of whole responses, whose expectation is the entropy of the policy's "
+        "responses. Nats per response"
+    ),
     "objective/scores": "mean_b score_b, the reward model's score before any penalty",
     "objective/scores_std": "standard deviation of score_b over the batch",
     "objective/non_score_reward": "mean_b −β Σ_t c_t: the KL part of the reward",
@@ -27,6 +31,7 @@ VOCABULARY: dict[str, str] = {
     "policy/entropy_per_token": "Σ_bt H(π(·|h_t)) / Σ_b T_b. Nats per token",
     "response/length": "mean_b T_b: response tokens, an end-of-text token included",
     "response/truncated_fraction": "share of responses cut at response_length before they ended",
+    "val/num_eos_tokens": "responses of the step that ended by themselves: its end-of-text tokens",
     "kl_coef": "β of this step; adaptive β moves after the step's KL was measured",
     "val/ratio": "mean of π(y_t)/π_old(y_t) over the tokens of all updates of the step",
     "val/ratio_var": "variance of π(y_t)/π_old(y_t) over the same tokens",
@@ -59,6 +64,7 @@ VOCABULARY: dict[str, str] = {
     "time/optimisation": "seconds: the step's updates, but for the last optimiser step",
     "time/step": "seconds: the whole step",
     "episode": "responses sampled so far",
+    "eps": "responses of the step by its seconds (time/step); of all processes",
     "loss": "total loss of the step's last update",
     "grad_norm": "gradient norm of the step's last update, before clipping",
     "learning_rate": "of the step's last update",
@@ -66,7 +72,13 @@ VOCABULARY: dict[str, str] = {
 }
 """Every metric by its formula. A key ending in ``_se`` is the standard error of the mean before it
 (clustered by prompt); b runs over responses, t over their real tokens, π is the policy that
-sampled, q the reference, h_t the prefix before y_t."""
+sampled, q the reference, h_t the prefix before y_t.
+
+Names are those of TRL's PPO (which TRL had up to 1.12) where it has one, but for two: its ``lr`` is
+``learning_rate``, and its ``policy/entropy_avg``, a mean over padded positions, is
+``policy/entropy_per_token``. Three mean a little else: its ``objective/entropy`` loses 1 for every
+pad token, its ``policy/approxkl_avg`` is k2, mean (log ρ)² / 2, and its ``eps`` is the mean since
+training began."""
 
 
 def described(name: str) -> str | None:

@@ -71,7 +71,7 @@ from rlkl.trainers.processes import (
     whole_rollout,
     whole_updates,
 )
-from rlkl.trainers.step import StepClock, Update, update_metrics
+from rlkl.trainers.step import StepClock, Update, responses_after, update_metrics
 from rlkl.trainers.text_trainer import TextTrainer, named_sets
 from rlkl.trainers.tracking import log_completions, wandb_run
 
@@ -212,9 +212,12 @@ class PPOTrainer(TextTrainer):
             with clock("optimisation"):
                 loss = self.optimise(rollout, advantages, metrics, first_pass)
             self.kl_coefficient.update(metrics["objective/kl"], len(whole))
-        metrics["episode"] = self._responses_so_far()
+        prompts = len(cast(Dataset, self.train_dataset))
+        done = self.state.global_step + 1
+        metrics["episode"] = responses_after(done, self.batches_per_epoch, prompts, self.args)
+        metrics["eps"] = len(whole) / clock.seconds["time/step"]
         self.noted["steps"].append(metrics | clock.seconds | {"loss": float(loss)})
-        log_completions(whole, self.state.global_step + 1, self.args)
+        log_completions(whole, done, self.args)
         return loss
 
     def sample(
@@ -401,17 +404,6 @@ class PPOTrainer(TextTrainer):
         largest = self.args.max_grad_norm if self.args.max_grad_norm > 0 else math.inf
         norm = self.accelerator.clip_grad_norm_(module.parameters(), largest)
         self.check_finite(f"the norm of {whose} gradient", cast(Tensor, norm))
-
-    def _responses_so_far(self) -> int:
-        """Responses sampled up to this step, of which the last of an epoch may have fewer (of one
-        process: accelerate fills the batches of several).
-        """
-        epochs, steps = divmod(self.state.global_step + 1, self.batches_per_epoch)
-        batch = self.args.per_device_train_batch_size * self.args.world_size
-        epoch = self.batches_per_epoch * batch
-        if self.args.world_size == 1:
-            epoch = min(epoch, len(cast(Dataset, self.train_dataset)))
-        return (epochs * epoch + steps * batch) * self.args.num_generations
 
     def _generator(self, purpose: str) -> torch.Generator:
         """Randomness of this step alone, so that a resumed run draws what it would have drawn;

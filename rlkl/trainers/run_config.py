@@ -1,7 +1,7 @@
 """What every trainer's settings share: precision, logging, and the W&B run."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from transformers import TrainingArguments
@@ -50,6 +50,64 @@ def check_fp16(args: TrainingArguments) -> None:
         raise ValueError("fp16 has no effect on a CPU: leave it out, or set bf16")
 
 
+_MAY_BE_INFINITE = frozenset(
+    {
+        "max_grad_norm",
+        "cliprange",
+        "cliprange_value",
+        "kl_weight_bound",
+        "epsilon",
+        "epsilon_high",
+        "delta",
+        "reward_clip_range",
+        "vllm_importance_sampling_clip_max",
+    }
+)
+"""Bounds, of which infinity says that there is none."""
+
+
+def check_intervals(args: TrainingArguments) -> None:
+    """Refuses numbers of steps after which nothing is logged, evaluated or saved, or only at the
+    end.
+
+    To be called before TrainingArguments' own checks, which an infinite number breaks.
+
+    Raises:
+        ValueError: names the setting, and how to say that it is not to be done at all.
+    """
+    for name, strategy, asked in (
+        ("logging_steps", "logging_strategy", args.logging_strategy),
+        ("eval_steps", "eval_strategy", args.eval_strategy),
+        ("save_steps", "save_strategy", args.save_strategy),
+    ):
+        steps = getattr(args, name)
+        if asked == "steps" and steps is not None and not 0 < steps < math.inf:
+            raise ValueError(
+                f"{name} is {steps:g}; give the steps from one to the next, or their share of all "
+                f"steps, below 1 ({strategy} no is for none)"
+            )
+
+
+def check_numbers(settings: object) -> None:
+    """Refuses settings that are no number (nan), or infinite where that is not "no bound".
+
+    Args:
+        settings: any dataclass.
+
+    Raises:
+        ValueError: names the setting.
+
+    >>> check_numbers(WandbArguments(wandb_group="mine"))
+    """
+    for name in (setting.name for setting in fields(settings)):  # pyright: ignore[reportArgumentType]
+        value = getattr(settings, name)
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if not isinstance(number, float) or math.isfinite(number):
+                continue
+            if math.isnan(number) or name not in _MAY_BE_INFINITE:
+                raise ValueError(f"{name} is {value}; give a finite number")
+
+
 def check_training(args: TrainingArguments) -> None:
     """Refuses numbers that no step can be taken with, or that would be passed over in silence.
 
@@ -60,16 +118,31 @@ def check_training(args: TrainingArguments) -> None:
         "per_device_train_batch_size",
         "per_device_eval_batch_size",
         "gradient_accumulation_steps",
+        "eval_accumulation_steps",
     ):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} is {getattr(args, name)}; it must be at least 1")
-    for name in ("learning_rate", "weight_decay"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    for name in ("learning_rate", "weight_decay", "adam_epsilon"):
         if not 0 <= getattr(args, name) < math.inf:
             raise ValueError(f"{name} is {getattr(args, name)}; it must be finite and >= 0")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise ValueError(f"{name} is {getattr(args, name)}; it must lie in [0, 1)")
     if not math.isfinite(args.num_train_epochs):
         raise ValueError(f"num_train_epochs is {args.num_train_epochs}; it must be finite")
-    if args.max_grad_norm is None or math.isnan(args.max_grad_norm):
+    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
+        raise ValueError(
+            f"max_steps is {args.max_steps} and num_train_epochs {args.num_train_epochs}: "
+            "nothing would be trained; make one of them positive (max_steps -1 leaves it to "
+            "num_train_epochs)"
+        )
+    if args.max_grad_norm is None or not args.max_grad_norm >= 0:
         raise ValueError(f"max_grad_norm is {args.max_grad_norm}; 0 does not clip")
+    if args.dataloader_num_workers < 0:
+        raise ValueError(
+            f"dataloader_num_workers is {args.dataloader_num_workers}; 0 reads in this process"
+        )
 
 
 @dataclass
@@ -117,13 +190,8 @@ class RunArguments(WandbArguments, TrainingArguments):
             self.max_grad_norm = 0.0  # transformers' loop compares it, and 0 does not clip
         choose_precision(self)
         self._check_effect()
+        check_intervals(self)
         super().__post_init__()
-        if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
-            raise ValueError(
-                f"max_steps is {self.max_steps} and num_train_epochs {self.num_train_epochs}: "
-                "nothing would be trained; make one of them positive (max_steps -1 leaves it to "
-                "num_train_epochs)"
-            )
         check_training(self)
 
     def _check_effect(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlkl.kl import effective_sample_size
+from rlkl.trainers.config import PPOConfig
 
 
 class StepClock:
@@ -89,6 +90,26 @@ def update_metrics(
         "val/truncated_fraction": float((prefix_weight > weight_bound).float().mean()),
         "val/first_ratio_error": float((updates[0].log_ratio.exp() - 1).abs().max()),
     }
+
+
+def responses_after(steps: int, batches_per_epoch: int, prompts: int, args: PPOConfig) -> int:
+    """Responses sampled in the first steps of a run.
+
+    The last step of an epoch may have fewer (of one process: accelerate fills the batches of
+    several).
+
+    Args:
+        steps: of the run.
+        batches_per_epoch: steps of a pass over the prompts.
+        prompts: how many there are.
+        args: batch, processes, and responses to each prompt.
+    """
+    epochs, rest = divmod(steps, batches_per_epoch)
+    batch = args.per_device_train_batch_size * args.world_size
+    epoch = batches_per_epoch * batch
+    if args.world_size == 1:
+        epoch = min(epoch, prompts)
+    return (epochs * epoch + rest * batch) * args.num_generations
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:

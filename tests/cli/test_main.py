@@ -27,6 +27,12 @@ def test_version(monkeypatch, capsys):
     assert capsys.readouterr().out == f"rlkl {rlkl.__version__}\n"
 
 
+def test_python_runs_the_package_as_the_command():
+    command = [sys.executable, "-m", "rlkl", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"rlkl {rlkl.__version__}\n"
+
+
 @pytest.mark.parametrize("words", [["nonsense"], ["--nonsense"]])
 def test_nonsense_is_one_line_on_standard_error_and_exit_code_2(monkeypatch, capsys, words):
     assert run(monkeypatch, *words) == 2

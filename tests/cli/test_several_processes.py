@@ -14,18 +14,10 @@ PAIRS = [{"prompt": "the film is", "completion": "very good"}] * 8
 
 def torchrun(command: str, **options: Any) -> str:
     """What two processes of it print."""
-    rlkl = Path(sys.executable).with_name("rlkl")
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "--no-python",
-    ]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     done = subprocess.run(
-        [sys.executable, *launcher, str(rlkl), command, *words],
+        [sys.executable, *launcher, "-m", "rlkl", command, *words],
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
         capture_output=True,
         text=True,

@@ -3,8 +3,9 @@
 import sys
 from pathlib import Path
 
-from rlkl.sweep.driver import Driver, begin_sweep, default_storage
+from rlkl.sweep.driver import Driver, begin_sweep
 from rlkl.sweep.spec import SweepSpec
+from rlkl.sweep.storage import default_storage
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +14,12 @@ from rlkl.cli.sentiment.algorithms import ALGORITHMS as COMMANDS
 from rlkl.cli.sentiment.algorithms import Algorithm
 from rlkl.cli.sweep import command_named
 from rlkl.sweep.algorithms import ALGORITHMS
-from rlkl.sweep.driver import begin_sweep, default_storage
+from rlkl.sweep.driver import begin_sweep
 from rlkl.sweep.ledger import open_ledger
 from rlkl.sweep.records import SweepResult, collect
 from rlkl.sweep.spec import SweepSpec
-from rlkl.sweep.spec_file import load_spec
+from rlkl.sweep.spec_file import load_spec, spec_yaml
+from rlkl.sweep.storage import default_storage
 from rlkl.sweep.worker import Worker
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -57,6 +58,8 @@ def test_the_shipped_sweep_compares_the_three_at_the_defaults_of_their_commands(
     assert {s["response_length"] for s in settings} == {24}
     assert all("output_dir" not in s for s in settings)
     assert SweepSpec.from_json(spec.to_json()) == spec
+    (tmp_path / "again.yaml").write_text(spec_yaml(asdict(spec)))
+    assert load_spec(tmp_path / "again.yaml", command_named) == spec
     again = tmp_path / "spec.yaml"  # as a report leaves it
     again.write_text(yaml.safe_dump(json.loads(spec.to_json()), sort_keys=False))
     assert load_spec(again, command_named) == spec
@@ -202,7 +205,7 @@ def test_the_shipped_sweep_in_small_goes_on_after_a_stop_and_ends_in_one_page(
     folder.mkdir()
     worker._write_plan(cells["rloo"], folder)
     words = json.loads((folder / "cell.json").read_text())["command"]
-    assert words == ["-m", "rlkl.cli.main", "rloo"]
+    assert words == ["-m", "rlkl", "rloo"]
     with monkeypatch.context() as stopped:
 
         def at_once(self, args, state, control, **kwargs):

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from rlkl.cli.main import main
-from rlkl.sweep.driver import begin_sweep, default_storage
+from rlkl.sweep.driver import begin_sweep
 from rlkl.sweep.ledger import open_ledger
 from rlkl.sweep.spec_file import load_spec
+from rlkl.sweep.storage import default_storage
 
 RECORDS = Path(__file__).parents[2] / "notebooks" / "sweep_kl.jsonl"
 RECORD = {

@@ -113,6 +113,31 @@ def test_arms_without_a_common_kl_are_said_not_to_be_compared(make_result):
     assert "At equal KL" not in said
 
 
+def test_it_says_at_which_length_the_responses_were_cut(make_result):
+    result = make_result()
+
+    def said(**changes) -> str:
+        changed = replace(result, **changes)
+        texts = [line["text"] for line in findings(analyse(changed, resamples=20))]
+        return " ".join(text for text in texts if text.startswith("KL is that of"))
+
+    assert said() == ""  # older records do not say
+    of_spec = said(spec=result.spec | {"settings": {"response_length": 24}})
+    assert of_spec.startswith("KL is that of responses cut at 24 tokens: that of whole responses")
+    lengths = {"k1": 24, "rb": 48}
+    points = [
+        replace(
+            p,
+            measured={"response_length": lengths[p.arm]},
+            extra={"truncated": 0.5 if p.arm == "k1" else 0.75},
+        )
+        for p in result.points
+    ]
+    assert "cut at 24 tokens (k1) or 48 tokens (rb), as 50% to 75% of a run's" in said(
+        points=points
+    )
+
+
 def test_it_says_when_seeds_are_too_few_and_cells_failed(make_result):
     result = make_result(seeds=1)
     result.failed["004-seed0"] = "exit code 1"

@@ -11,8 +11,9 @@ import pytest
 import sqlalchemy as sa
 
 from rlkl.sweep.driver import begin_sweep
-from rlkl.sweep.ledger import SWEEPS, Ledger, engine_of, open_ledger, sweep_names
+from rlkl.sweep.ledger import SWEEPS, Ledger, open_ledger, sweep_names
 from rlkl.sweep.spec import SweepSpec
+from rlkl.sweep.storage import engine_of
 from rlkl.sweep.study import ConfigurationStudy
 
 RECORD = {"points": [{"kl": 1.0, "reward": 2.0}], "samples": []}

@@ -366,6 +366,15 @@ def test_algorithms_are_named_where_the_records_know_them(make_result):
     assert frontier_json(both)["points"][0]["algorithm"] == "ppo"
 
 
+def test_the_page_says_at_which_length_responses_were_cut(make_result):
+    result = make_result()
+    assert "responses cut at" not in page(analyse(result, resamples=20))
+    result = replace(result, spec=result.spec | {"settings": {"response_length": 24}})
+    said = page(analyse(result, resamples=20))
+    assert "KL exact per token, of responses cut at 24 tokens; error bars" in said
+    assert "KL is that of responses cut at 24 tokens: " in said
+
+
 def test_the_page_says_how_many_prompts_there_were(make_result):
     result = make_result(configurations=2)
     assert "same 8 held-out prompts" in page(analyse(result, resamples=2)), "as the spec says"

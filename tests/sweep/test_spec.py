@@ -1,13 +1,14 @@
 """A sweep's YAML: what it means, and that nonsense is refused before anything starts."""
 
 import re
+from dataclasses import asdict, replace
 from datetime import date
 
 import pytest
 import yaml
 
 from rlkl.sweep.spec import SearchSpec, SweepSpec, iterate_cells
-from rlkl.sweep.spec_file import load_spec
+from rlkl.sweep.spec_file import load_spec, spec_yaml
 
 
 def test_cells_are_the_product_of_the_axes_and_the_seeds(write_spec):
@@ -175,6 +176,22 @@ def test_what_is_no_yaml_is_refused_with_the_name_of_its_file(write_spec, tmp_pa
     with pytest.raises(yaml.YAMLError, match=said) as refused:
         load_spec(write_spec(config="base.yaml"))
     assert str(tmp_path / "base.yaml") in str(refused.value)
+
+
+def test_what_a_spec_is_written_as_is_read_again(write_spec, tmp_path):
+    (tmp_path / "base.yaml").write_text("max_steps: 7\nkl_coef: 0.3\n")
+    search = {"configurations": 6, "sampler": "random", "seconds_per_step": {"low": 1, "high": 2}}
+    specs = [
+        load_spec(write_spec(**changes))
+        for changes in (
+            {"config": "base.yaml", "name": "café", "minutes_per_cell": 2.0},
+            {"search": search, "grid": {"kl_estimator": ["k1", "rb"]}},
+        )
+    ]
+    for spec in specs:
+        again = tmp_path / "again.yaml"
+        again.write_text(spec_yaml(asdict(spec)))
+        assert load_spec(again) == replace(spec, config=None)
 
 
 def test_a_spec_survives_the_storage(write_spec):

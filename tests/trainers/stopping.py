@@ -19,7 +19,8 @@ def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
 
 def untimed(record: dict) -> dict:
     """What does not depend on when it was measured."""
-    return {k: v for k, v in record.items() if not k.startswith(("time/", "train_", "step_time"))}
+    timed = ("time/", "train_", "step_time", "eps")
+    return {k: v for k, v in record.items() if not k.startswith(timed)}
 
 
 class StopAfter(TrainerCallback):

@@ -253,6 +253,9 @@ def test_every_step_reports_standard_errors_and_the_time_of_its_parts(make_train
             assert step[f"{name}_se"] >= 0
         parts = [step[f"time/{p}"] for p in ("generation", "statistics", "scoring", "optimisation")]
         assert 0 < sum(parts) <= step["time/step"]
+        assert step["eps"] == pytest.approx(8 / step["time/step"])
+        assert step["val/num_eos_tokens"] == 8 * (1 - step["response/truncated_fraction"])
+        assert step["objective/entropy_se"] >= 0
         assert step["val/ratio_var"] >= 0
         assert 0 < step["val/ratio"] < 10
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig, RLOOConfig
 
-from rlkl.trainers.run_config import WandbArguments, choose_precision
+from rlkl.trainers.run_config import WandbArguments, check_intervals, choose_precision
 
 
 @dataclass
@@ -75,6 +75,13 @@ class _Run(WandbArguments):
 
     def __post_init__(self) -> None:
         choose_precision(self)  # pyright: ignore[reportArgumentType] (with one of TRL's below)
+        check_intervals(self)  # pyright: ignore[reportArgumentType]
+        generations = self.num_generations  # pyright: ignore[reportAttributeAccessIssue]
+        if generations is None or generations < 2:
+            raise ValueError(
+                f"num_generations is {generations}; a response is compared with the others to its "
+                "prompt: give at least 2"
+            )
         with warnings.catch_warnings():  # TRL's default has the older name
             message = ".gradient_checkpointing. is deprecated"
             warnings.filterwarnings("ignore", message, FutureWarning)

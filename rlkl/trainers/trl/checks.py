@@ -8,7 +8,7 @@ from trl import GRPOConfig, RLOOConfig
 
 from rlkl.models.language_model import trunk_of
 from rlkl.trainers.processes import check_processes
-from rlkl.trainers.run_config import check_fp16, check_training
+from rlkl.trainers.run_config import check_fp16, check_intervals, check_numbers, check_training
 
 
 def check_settings(args: RLOOConfig | GRPOConfig) -> None:
@@ -44,13 +44,37 @@ def check_settings(args: RLOOConfig | GRPOConfig) -> None:
             "must be finite, and at least 0 (0 measures the KL all the same)",
         ),
         "num_iterations": (args.num_iterations > 0, "must be at least 1"),
-        "steps_per_generation": (args.steps_per_generation != 0, "must be at least 1"),
+        "steps_per_generation": ((args.steps_per_generation or 0) > 0, "must be at least 1"),
+        "num_generations_eval": (
+            args.num_generations_eval is None or args.num_generations_eval > 0,
+            "must be at least 1 (None: num_generations)",
+        ),
+        "epsilon": (args.epsilon > 0, "is how far a ratio may be from 1: give more than 0"),
+        "epsilon_high": (
+            args.epsilon_high is None or args.epsilon_high > 0,
+            "is how far a ratio may be above 1: give more than 0 (None: epsilon)",
+        ),
+        "neftune_noise_alpha": (
+            not args.neftune_noise_alpha,
+            "adds noise to the policy, which is then never the reference: leave it None",
+        ),
+        "label_smoothing_factor": (
+            not args.label_smoothing_factor,
+            "is for losses of transformers' own, and has no effect: leave it out",
+        ),
     }
     if isinstance(args, RLOOConfig):
-        refused["normalize_advantages"] = (
-            not args.normalize_advantages,
-            "divides the score by its spread, and not the KL: set False",
-        )
+        limits = args.reward_clip_range
+        refused |= {
+            "normalize_advantages": (
+                not args.normalize_advantages,
+                "divides the score by its spread, and not the KL: set False",
+            ),
+            "reward_clip_range": (
+                limits is None or (len(limits) == 2 and limits[0] < limits[1]),
+                "must be two numbers, the lower one first",
+            ),
+        }
     else:
         refused |= {
             "loss_type": (
@@ -70,11 +94,17 @@ def check_settings(args: RLOOConfig | GRPOConfig) -> None:
                 args.off_policy_mask_threshold is None,
                 "leaves the KL of some responses out: leave it None",
             ),
+            "delta": (
+                args.delta is None or args.delta > 1,
+                "clips the ratio of every token, which begins at 1: give more, or None",
+            ),
         }
     for name, (fine, reason) in refused.items():
         if not fine:
             raise ValueError(f"{name} is {getattr(args, name)!r}: it {reason}")
+    check_intervals(args)
     check_training(args)
+    check_numbers(args)
     check_fp16(args)
     check_processes(args)
 

@@ -27,6 +27,14 @@ from tests.trainers.trl.cases import both_trainers
         ("beta", float("inf")),
         ("num_iterations", 0),
         ("steps_per_generation", 0),
+        ("steps_per_generation", -1),
+        ("num_generations_eval", -1),
+        ("epsilon", float("nan")),
+        ("epsilon", 0.0),
+        ("epsilon_high", float("nan")),
+        ("epsilon_high", -1.0),
+        ("neftune_noise_alpha", 5.0),
+        ("label_smoothing_factor", 0.1),
     ],
 )
 def test_settings_that_change_the_gradient_are_refused(
@@ -44,6 +52,8 @@ def test_settings_that_change_the_gradient_are_refused(
         ("importance_sampling_level", "sequence"),
         ("top_entropy_quantile", 0.2),
         ("off_policy_mask_threshold", 1.0),
+        ("delta", 1.0),
+        ("delta", float("nan")),
     ],
 )
 def test_grpos_ways_to_drop_or_reweigh_tokens_are_refused(make_trl_trainer, setting, value):
@@ -51,9 +61,32 @@ def test_grpos_ways_to_drop_or_reweigh_tokens_are_refused(make_trl_trainer, sett
         make_trl_trainer(RaoBlackwellGRPOTrainer, **{setting: value})
 
 
-def test_rloos_normalised_advantages_are_refused(make_trl_trainer):
+def test_rloos_normalised_advantages_and_turned_limits_are_refused(make_trl_trainer):
     with pytest.raises(ValueError, match="normalize_advantages is True: it divides the score"):
         make_trl_trainer(RaoBlackwellRLOOTrainer, normalize_advantages=True)
+    for limits in ((1.0, -1.0), (0.0, float("nan"))):
+        with pytest.raises(ValueError, match=r"reward_clip_range is .*: it must be two numbers"):
+            make_trl_trainer(RaoBlackwellRLOOTrainer, reward_clip_range=limits)
+    make_trl_trainer(RaoBlackwellRLOOTrainer, reward_clip_range=(float("-inf"), 1.0))
+
+
+@both_trainers
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"reward_weights": [float("nan")]}, r"reward_weights is \[nan\]; give a finite number"),
+        ({"warmup_steps": float("inf")}, "warmup_steps is inf; give a finite number"),
+        ({"adam_beta2": 1.0}, r"adam_beta2 is 1.0; it must lie in \[0, 1\)"),
+        ({"logging_steps": -1}, "logging_steps is -1; give the steps from one to the next"),
+        ({"save_strategy": "steps", "save_steps": 0}, r"save_steps is 0; .*\(save_strategy no is"),
+        ({"max_steps": -1, "num_train_epochs": 0}, "nothing would be trained"),
+    ],
+)
+def test_numbers_that_are_none_or_would_be_passed_over_are_refused(
+    make_trl_trainer, trainer_class, settings, complaint
+):
+    with pytest.raises(ValueError, match=complaint):
+        make_trl_trainer(trainer_class, **settings)
 
 
 @both_trainers
