@@ -65,6 +65,7 @@ from rlkl.trainers.ppo_data import (
 )
 from rlkl.trainers.processes import (
     add_gradients,
+    own_share,
     process_place,
     share_weights,
     total,
@@ -406,13 +407,13 @@ class PPOTrainer(TextTrainer):
         self.check_finite(f"the norm of {whose} gradient", cast(Tensor, norm))
 
     def _generator(self, purpose: str) -> torch.Generator:
-        """Randomness of this step alone, so that a resumed run draws what it would have drawn;
-        that of evaluations is the same at every step, and in every process.
+        """Randomness of this step and process alone, so that a resumed run draws what it would have
+        drawn; that of evaluations is the same at every step.
         """
         number = ["sampling", "minibatches", "evaluation"].index(purpose)
         step = 0 if purpose == "evaluation" else self.state.global_step
-        process = [] if purpose == "evaluation" else process_place(self.args)
-        return generator_of(self.args.device, self.args.seed, step, number, *process)
+        place = process_place(self.args)
+        return generator_of(self.args.device, self.args.seed, step, number, *place)
 
     # ---- what surrounds a step -------------------------------------------------------------------
 
@@ -449,7 +450,8 @@ class PPOTrainer(TextTrainer):
         """Samples `num_generations` responses to each evaluation prompt and summarises them: score,
         judges, KL, errors.
 
-        The randomness is the same at every call, so that evaluations differ by the policy alone.
+        The randomness is the same at every call, so that evaluations differ by the policy alone. Of
+        several processes each answers its share of the prompts.
         """
         data = cast(Any, self.eval_dataset if eval_dataset is None else eval_dataset)
         if isinstance(data, dict):
@@ -457,8 +459,10 @@ class PPOTrainer(TextTrainer):
         self._check_data(data, "eval_dataset")
         self.model.eval()
         clock = StepClock()
-        responses = self.sample(data[:], self._generator("evaluation"), clock)
-        summary = summarise(self.measure(responses, clock))
+        rows = own_share(len(data))
+        responses = self.sample(data[rows], self._generator("evaluation"), clock)
+        rollout, _ = whole_rollout(self.measure(responses, clock))
+        summary = summarise(rollout)
         return self.report_evaluation(
             {f"{metric_key_prefix}_{name}": value for name, value in summary.items()}
         )

@@ -54,6 +54,15 @@ def of_first(record: T) -> T:
     return record if PartialState().num_processes == 1 else broadcast_object_list([record])[0]
 
 
+def own_share(count: int) -> list[int]:
+    """The rows of this process where `count` rows are shared in their order, one at least to each:
+    where they are fewer than the processes, some are shared by several.
+    """
+    place, processes = PartialState().process_index, PartialState().num_processes
+    first, end = (k * count // processes for k in (place, place + 1))
+    return list(range(first, max(end, first + 1)))
+
+
 def whole_rollout(rollout: Rollout) -> tuple[Rollout, int]:
     """The rollout of all processes, by rank, and where this one's begins in it.
 

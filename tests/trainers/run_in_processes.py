@@ -52,11 +52,14 @@ AS_TWO_PROCESSES_TAKE_THEM = [0, 1, 4, 5, 2, 3, 6, 7]
 
 
 class PromptwisePPO(RaoBlackwellPPOTrainer):
-    """Answers each prompt by itself."""
+    """Answers each prompt by itself, and notes which."""
+
+    answered: tuple[str, ...] = ()
 
     def sample(self, data: Any, generator: torch.Generator, clock: Any) -> Responses:
         """Draws that no other prompt has a part in."""
         parts = []
+        self.answered += tuple(data["prompt"])
         for prompt in data["prompt"]:
             generator = generator_of("cpu", self.state.global_step, *prompt.encode())
             parts.append(super().sample({"prompt": [prompt]}, generator, clock))
@@ -140,6 +143,7 @@ def main(model_folder: str, output: Path) -> None:
     for name, changes in SETTINGS.items():
         trainer = ppo(name, changes)
         trainer.evaluate()
+        answered = of_all(trainer.answered)
         trainer.train()
         keep(trainer, name, critic=trainer.critic)
         draws = of_all(
@@ -149,6 +153,7 @@ def main(model_folder: str, output: Path) -> None:
             }
         )
         (output / name / "draws.json").write_text(json.dumps(draws))
+        (output / name / "answered.json").write_text(json.dumps(answered))
 
     # The first of the settings once more; the last process alone is told to stop.
     changes = SETTINGS["epochs"]

@@ -66,10 +66,16 @@ def test_all_stop_where_one_is_told_to_and_go_on_from_there(outputs, processes):
             assert torch.equal(resumed[module][name], weight), name
 
 
-def test_processes_draw_apart_but_for_evaluations_and_the_first_as_one_alone(outputs):
+def test_processes_draw_apart_and_the_first_as_one_alone(outputs):
     one, two = (json.loads((folder / "epochs" / "draws.json").read_text()) for folder in outputs)
     assert two[0] == one[0]
-    assert {name for name in two[0] if two[0][name] == two[1][name]} == {"evaluation"}
+    assert not [name for name in two[0] if two[0][name] == two[1][name]]
+
+
+def test_processes_share_the_prompts_of_an_evaluation(outputs):
+    one, two = (json.loads((folder / "epochs" / "answered.json").read_text()) for folder in outputs)
+    assert len(one[0]) == 3
+    assert [one[0][:1], one[0][1:]] == two
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
