@@ -136,6 +136,8 @@ def _join(values: Sequence[Any], left: bool = False) -> Any:
         return list(chain.from_iterable(values))
     if isinstance(first, dict):
         return {key: _join([value[key] for value in values]) for key in first}
+    if isinstance(first, tuple):  # a NamedTuple
+        return type(first)(*(_join(column, left) for column in zip(*values, strict=True)))
     if first is None:
         return None
     return replace(
@@ -166,6 +168,8 @@ def _mapped(
         return of_list(value)
     if isinstance(value, dict):
         return {key: _mapped(item, of_tensor, of_list) for key, item in value.items()}
+    if isinstance(value, tuple):  # a NamedTuple
+        return type(value)(*(_mapped(item, of_tensor, of_list) for item in value))
     if value is None:
         return None
     parts = {f.name: getattr(value, f.name) for f in fields(value)}

@@ -35,7 +35,15 @@ from rlkl.rollout.randomness import generator_of
 from rlkl.rollout.records import scatter_tokens
 from rlkl.trainers.distill_config import DistillConfig
 from rlkl.trainers.distill_data import check_data, prompts_of
-from rlkl.trainers.processes import add_gradients, of_all, process_place, share_weights
+from rlkl.trainers.processes import (
+    add_gradients,
+    of_all,
+    own_share,
+    process_place,
+    share_weights,
+    total,
+    whole,
+)
 from rlkl.trainers.step import StepClock
 from rlkl.trainers.text_trainer import TextTrainer, check_weights, named_sets
 from rlkl.trainers.tracking import wandb_run
@@ -352,6 +360,7 @@ class DistillTrainer(TextTrainer):
         the student's samples too.
 
         The randomness is the same at every call, so that evaluations differ by the student alone.
+        Of several processes each takes its share of the texts.
         """
         data = cast(Any, self.eval_dataset if eval_dataset is None else eval_dataset)
         if data is None:
@@ -361,10 +370,11 @@ class DistillTrainer(TextTrainer):
         if eval_dataset is not None:
             self._check_evaluation(data, "eval_dataset")
         self.model.eval()
-        inputs = {name: list(data[name]) for name in data.column_names}
+        inputs = data[own_share(len(data))]
         sets = {"": self.given(inputs)}
         if self.args.eval_on_policy:
-            generator = generator_of(self.args.device, self.args.seed, 0, _EVALUATION)
+            place = _EVALUATION, *process_place(self.args)
+            generator = generator_of(self.args.device, self.args.seed, 0, *place)
             sets["own/"] = self.sample(self.model, prompts_of(inputs, self.tokenizer), generator)
         metrics = {}
         for name, responses in sets.items():
@@ -378,7 +388,7 @@ class DistillTrainer(TextTrainer):
                 batch_size=self.args.per_device_eval_batch_size,
                 autocast=self.accelerator.autocast,  # pyright: ignore[reportArgumentType]
             )
-            summary = summarise_divergences(record)
+            summary = summarise_divergences(whole(record))
             metrics |= {f"{metric_key_prefix}_{name}{k}": v for k, v in summary.items()}
         metrics[f"{metric_key_prefix}_loss"] = self._held_out_loss(sets[""])
         return self.report_evaluation(metrics)
@@ -386,12 +396,14 @@ class DistillTrainer(TextTrainer):
     @torch.no_grad()
     def _held_out_loss(self, responses: Responses) -> float:
         """The loss at its own temperature, settings and cross-entropy, mean over all tokens."""
-        total = 0.0
+        summed = torch.zeros(2, dtype=torch.double, device=self.args.device)
         for rows in torch.arange(len(responses)).split(self.args.per_device_eval_batch_size):
             batch = responses.rows(rows)
             loss, _ = self.loss(batch, *self.hidden_states(batch), on_policy=False)
-            total += float(loss) * int(batch.mask.sum())
-        return total / int(responses.mask.sum())
+            tokens = batch.mask.sum()
+            summed += torch.stack([loss.double() * tokens, tokens])
+        loss, tokens = total(summed)
+        return float(loss / tokens)
 
     def _check_evaluation(self, data: Dataset, which: str) -> None:
         check_data(

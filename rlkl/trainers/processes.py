@@ -63,6 +63,11 @@ def own_share(count: int) -> list[int]:
     return list(range(first, max(end, first + 1)))
 
 
+def whole(record: T) -> T:
+    """The records of all processes as one, rows under rows, by rank; on the CPU."""
+    return record if PartialState().num_processes == 1 else joined(of_all(moved(record, "cpu")))
+
+
 def whole_rollout(rollout: Rollout) -> tuple[Rollout, int]:
     """The rollout of all processes, by rank, and where this one's begins in it.
 

@@ -198,10 +198,14 @@ def main(model_folder: str, output: Path) -> None:
             per_device_train_batch_size=4,
             gradient_accumulation_steps=2 // PROCESSES,
             logging_steps=1,
+            eval_on_policy=True,
+            per_device_eval_batch_size=2,
         ),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS, "completion": COMPLETIONS}),
+        eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:5], "completion": COMPLETIONS[:5]}),
         processing_class=tokenizer,
     )
+    distillation.evaluate()
     distillation.train()
     keep(distillation, "distill")
 

@@ -117,3 +117,13 @@ def test_a_distillations_log_is_the_mean_over_processes(outputs):
         if "grad_norm" in before:  # else the last record
             for name in ("loss", "grad_norm", "data/tokens"):
                 assert after[name] == pytest.approx(before[name], rel=1e-6), name
+
+
+def test_a_distillations_evaluation_is_that_of_all_texts_each_taken_once(outputs):
+    one, two = (lines(folder / "distill" / "metrics.jsonl")[0] for folder in outputs)
+    assert one.keys() == two.keys()
+    given = [name for name in one if name.startswith("eval_") and "own/" not in name]
+    assert {"eval_loss", "eval_divergence/rkl_se", "eval_gap/tail"} <= set(given)
+    for name in given:
+        assert two[name] == pytest.approx(one[name], rel=1e-6), name
+    assert any(one[name] != two[name] for name in one if "own/" in name), "draws of its own"
