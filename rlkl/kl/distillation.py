@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from inspect import signature
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -83,6 +83,10 @@ class Divergence:
             student_logits, teacher_logits, temperature=temperature, **self.settings
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle and copy.deepcopy, which have no way with read-only settings."""
+        return _restored, (self.name, self.claims, self.function, dict(self.settings))
+
     def with_settings(self, **settings: float | str | bool) -> "Divergence":
         """The same divergence with other settings.
 
@@ -100,6 +104,15 @@ class Divergence:
         """Names of its settings."""
         fixed = {"policy_logits", "ref_logits", "temperature", "flipped"}
         return [name for name in signature(self.function).parameters if name not in fixed]
+
+
+def _restored(
+    name: str,
+    claims: DivergenceClaims,
+    function: Callable[..., Tensor],
+    settings: dict[str, float | str | bool],
+) -> Divergence:
+    return Divergence(name, claims, function, MappingProxyType(settings))
 
 
 def _claims(

@@ -23,6 +23,8 @@ Weights have heavy tails: the product of T ratios may be huge for a few response
 bounds each weight by c; E[min(W, c)] < E[W], so it biases a KL of non-negative terms (D_t)
 downwards. It is never done unless asked for, and `truncated_fraction` says how often it would be.
 
+Tensors that are not all [B, T], and masks that are not bool, are refused by a ValueError.
+
 All weights are 1, and every formula that of one policy, where π = μ. Where π gives y_t no
 probability, W_{t+1} and all weights after it are 0, and so is a term of weight 0, whatever its k_t.
 
@@ -42,6 +44,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rlkl.kl.placement import future_kl
+from rlkl.kl.shapes import check_per_token
 
 
 def token_ratios(
@@ -229,11 +232,13 @@ def token_ratio_surrogate(
 
 def _weighted(weights: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     """Weights · k, 0 where masked and where the weight is 0: there k may be nan or infinite."""
+    check_per_token(mask, k=k)
     return weights * torch.where(mask & (weights != 0), k, 0.0)
 
 
 def _log_ratio(policy_token_logp: Tensor, sampler_token_logp: Tensor, mask: Tensor) -> Tensor:
     """Log r_t, 0 where masked; -inf where the policy has none, whatever the sampler, a constant."""
+    check_per_token(mask, policy_token_logp=policy_token_logp, sampler_token_logp=sampler_token_logp)
     policy = torch.where(mask, policy_token_logp, 0.0)
     sampler = torch.where(mask & (policy > -torch.inf), sampler_token_logp, 0.0)
     return policy - sampler.detach()

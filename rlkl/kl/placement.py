@@ -26,6 +26,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from rlkl.kl.shapes import check_per_token
+
 
 class KLPlacement(StrEnum):
     """Where an estimate of the KL enters the update; compares equal to its name.
@@ -75,7 +77,7 @@ def kl_surrogate(
         `[B]`.
 
     Raises:
-        ValueError: the placement is unknown, or the shapes differ.
+        ValueError: the placement is unknown, the shapes differ, or `mask` is not bool.
 
     Example:
         >>> token_logp = torch.tensor([[-1.0, -2.0]], requires_grad=True)
@@ -85,11 +87,7 @@ def kl_surrogate(
         tensor([[0.5000, 0.2000]])
     """
     placement = KLPlacement(placement)
-    if not (k.ndim == 2 and k.shape == token_logp.shape == mask.shape):
-        raise ValueError(  # [B, T, 1], as gather leaves it, would be broadcast
-            f"k, token_logp and mask have shapes {tuple(k.shape)}, {tuple(token_logp.shape)} and "
-            f"{tuple(mask.shape)}; each must be [B, T]"
-        )
+    check_per_token(mask, k=k, token_logp=token_logp)
     surrogate = k.new_zeros(len(k))
     if placement is not KLPlacement.LOSS:
         future = future_kl(k, mask, own_token)
@@ -109,10 +107,14 @@ def future_kl(
     Returns:
         `[B, T]` in nats, 0 where masked.
 
+    Raises:
+        ValueError: the shapes differ, or `mask` is not bool.
+
     Example:
         >>> future_kl(torch.tensor([[4.0, 2.0, 1.0]]), torch.ones(1, 3, dtype=torch.bool), False)
         tensor([[3., 1., 0.]])
     """
+    check_per_token(mask, k=k)
     k = torch.where(mask, k, 0.0).detach()
     future = k.flip(1).cumsum(1).flip(1)
     if not own_token:
@@ -135,12 +137,13 @@ def kl_rewards(
 
     Raises:
         ValueError: not `own_token`, and a response is interrupted by masked positions, over which
-            the shift would lose the KL.
+            the shift would lose the KL; also if the shapes differ or `mask` is not bool.
 
     Example:
         >>> kl_rewards(torch.tensor([[4.0, 2.0, 1.0]]), torch.ones(1, 3, dtype=torch.bool), False)
         tensor([[2., 1., 0.]])
     """
+    check_per_token(mask, k=k)
     k = torch.where(mask, k, 0.0).detach()
     if own_token:
         return k

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rlkl.kl.shapes import check_per_token
+
 
 class MeanStderr(NamedTuple):
     """A mean with its standard error; both 0-d tensors in the unit of what was averaged."""
@@ -25,11 +27,15 @@ def sequence_kl(k: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Ten
     of its first L steps. Differentiable in `k`, which holds prefixes fixed: for ∇D_KL use
     `kl_surrogate`.
 
+    Raises:
+        ValueError: the shapes differ, or `mask` is not bool.
+
     Example:
         >>> k, mask = torch.tensor([[0.5, 0.25, torch.nan]]), torch.tensor([[True, True, False]])
         >>> sequence_kl(k, mask)
         tensor([0.7500])
     """
+    check_per_token(mask, k=k)
     return torch.where(mask, k, 0.0).sum(1)
 
 
@@ -44,7 +50,7 @@ def mean_and_stderr(x: Float[Tensor, " B"], groups: Int[Tensor, " B"] | None = N
     standard error is inf, not nan, so that an interval built on it is the whole line.
 
     Raises:
-        ValueError: `x` is empty.
+        ValueError: `x` is empty, or not [B]; `groups` is not [B].
 
     Example:
         >>> mean_and_stderr(torch.tensor([1.0, 3.0]))
@@ -52,6 +58,12 @@ def mean_and_stderr(x: Float[Tensor, " B"], groups: Int[Tensor, " B"] | None = N
         >>> mean_and_stderr(torch.tensor([1.0, 1.0, 3.0, 3.0]), torch.tensor([0, 0, 1, 1]))
         MeanStderr(mean=tensor(2.), stderr=tensor(1.))
     """
+    if x.ndim != 1 or (groups is not None and groups.shape != x.shape):
+        given = "" if groups is None else f", groups {tuple(groups.shape)}"
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}{given}: pass one value per response, [B] (sequence_kl "
+            "adds those of its tokens, per_token_mean_and_stderr has the mean of tokens)"
+        )
     if len(x) == 0:
         raise ValueError("x is empty; a mean needs at least one response")
     mean = x.mean()
@@ -71,7 +83,7 @@ def per_token_mean_and_stderr(
     with `groups`, of the residuals' sums per group; inf for a single one, as in `mean_and_stderr`.
 
     Raises:
-        ValueError: `mask` has no True.
+        ValueError: `mask` has no True, or is not bool; the shapes differ.
 
     Example:
         >>> k = torch.tensor([[1.0, 1.0], [4.0, 0.0]])

@@ -161,8 +161,9 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model itself, without a PEFT wrapper.
 
     Raises:
-        ValueError: it is no transformers model, or its adapter is a prompt: that is not part of the
-            transformers model, which alone is read here.
+        ValueError: it is no transformers model, or an encoder with a decoder (T5, BART), or its
+            adapter is a prompt: that is not part of the transformers model, which alone is read
+            here.
     """
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
@@ -172,6 +173,11 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
         )
     if not isinstance(inner, PreTrainedModel):
         raise ValueError(f"a transformers causal LM is needed, not {type(inner).__name__}")
+    if inner.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(inner).__name__} is an encoder with a decoder, which reads its prompt apart: a "
+            "decoder-only causal LM is needed"
+        )
     return inner
 
 

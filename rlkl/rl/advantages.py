@@ -15,7 +15,8 @@ def gae(
     """Advantages and returns of finite episodes that end at their last real token.
 
     δ_t = r_t + γ V_{t+1} − V_t,   A_t = δ_t + γ λ A_{t+1},   R_t = A_t + V_t, with V = A = 0 past
-    the end.
+    the end; t + 1 is the next *real* token, over masked positions in between (padding, what a tool
+    wrote between two turns of the policy).
 
     A response cut at the length limit is treated as ended there: the objective is that of the
     process of that length.
@@ -26,7 +27,7 @@ def gae(
     Args:
         rewards: reward of each token.
         values: V_t, the prediction made at the prefix *before* token t.
-        mask: True at real tokens; they must be a prefix of each row.
+        mask: True at real tokens, wherever they are.
         gamma: discount γ.
         lam: λ = 1 gives reward-to-go minus value, λ = 0 the one-step error.
 
@@ -47,7 +48,8 @@ def gae(
     for t in range(values.shape[1] - 1, -1, -1):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantages[:, t] = (delta + gamma * lam * next_advantage).masked_fill(~mask[:, t], 0.0)
-        next_value, next_advantage = values[:, t], advantages[:, t]
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+        next_advantage = torch.where(mask[:, t], advantages[:, t], next_advantage)
     return advantages, (advantages + values).masked_fill(~mask, 0.0)
 
 
@@ -101,12 +103,17 @@ def whiten(
     Returns:
         The whitened tensor, 0 where masked, and σ; σ = 1 for a constant x, which has no scale.
 
+    Raises:
+        ValueError: `mask` has no True.
+
     Example:
         >>> x, mask = torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]])
         >>> whiten(x, mask)
         (tensor([[-1.,  1.,  0.]]), tensor(1.))
     """
     real = x[mask]
+    if not len(real):
+        raise ValueError("mask has no True; there is nothing to whiten")
     mean = real.mean()
     scale = (real - mean).square().mean().sqrt()
     rounding = 8 * torch.finfo(x.dtype).eps * real.abs().max()  # a constant's mean is not exact

@@ -1,5 +1,6 @@
 """Per-token rewards: the response's score at its last token, less the KL penalty."""
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -18,20 +19,26 @@ def token_rewards(
     Args:
         scores: one score per response.
         kl_cost: nats per token, detached.
-        mask: True at real tokens, a prefix of each row with at least one.
+        mask: True at real tokens, of which each row has at least one.
         kl_coef: β ≥ 0.
 
     Returns:
         Rewards, 0 where masked.
 
+    Raises:
+        ValueError: a response without a token, at which its score would be due.
+
     Example:
-        >>> import torch
         >>> mask = torch.tensor([[True, True, False]])
         >>> token_rewards(torch.tensor([2.0]), torch.tensor([[0.5, 1.0, 0.0]]), mask, 0.1)
         tensor([[-0.0500,  1.9000,  0.0000]])
     """
     rewards = (-kl_coef * kl_cost).masked_fill(~mask, 0.0)
-    last = mask.sum(1, keepdim=True) - 1
+    if not mask.any(1).all():
+        row = int((~mask.any(1)).nonzero()[0])
+        raise ValueError(f"response {row} has no token for its score: leave such rows out")
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask, positions, 0).amax(1, keepdim=True)
     return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
 
 

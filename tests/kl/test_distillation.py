@@ -1,5 +1,8 @@
 """The registry of divergences: each claim, true and false, shown on distributions that tell."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import Tensor
@@ -102,3 +105,12 @@ def test_settings_reach_the_formula_and_others_are_refused():
 def test_an_unknown_name_is_answered_with_the_known_ones():
     with pytest.raises(ValueError, match="divergence 'kl' is unknown; use one of fkl, rkl"):
         get_divergence("kl")
+
+
+@every_divergence
+def test_divergences_go_to_other_processes(divergence):
+    for there in (pickle.loads(pickle.dumps(divergence)), copy.deepcopy(divergence)):
+        assert (there.name, there.settings) == (divergence.name, divergence.settings)
+        assert torch.equal(there(*random_pair()), divergence(*random_pair()))
+        with pytest.raises(TypeError, match="does not support item assignment"):
+            there.settings["weight"] = 0.5

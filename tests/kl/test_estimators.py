@@ -439,3 +439,14 @@ def test_topk_of_the_whole_vocabulary_keeps_the_digits_of_a_small_kl():
     assert exact.mean() < 2e-6
     float32 = topk(logits.float().log_softmax(-1), moved.float().log_softmax(-1), tokens, mask)
     torch.testing.assert_close(float32.double(), exact, rtol=1e-3, atol=0)
+
+
+@every_estimator
+@pytest.mark.parametrize("which", ["policy_logp", "ref_logp"])
+def test_logits_in_place_of_log_probs_are_refused(estimator, which, pair):
+    """A sampled log-ratio of logits is wrong by the difference of their log-sums."""
+    policy, ref = pair
+    logps = {"policy_logp": policy.policy_logp(), "ref_logp": ref.policy_logp()}
+    logps[which] = logps[which] + 0.7
+    with pytest.raises(ValueError, match=rf"{which}\[0, 0\] is no distribution: log Σ exp .* 0.7"):
+        estimator(**logps, tokens=policy.tokens, mask=policy.mask)

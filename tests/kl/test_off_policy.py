@@ -226,3 +226,11 @@ def test_a_bound_that_would_cut_on_policy_weights_is_refused():
     x = torch.zeros(1, 1)
     with pytest.raises(ValueError, match=r"truncate_at is 0\.5; it must be at least 1"):
         prefix_weights(x, x, torch.ones(1, 1, dtype=torch.bool), truncate_at=0.5)
+
+
+def test_shapes_that_would_be_broadcast_are_refused():
+    logp, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"sampler_token_logp and mask have shapes .* \(2, 1\)"):
+        prefix_weights(logp, logp[:, :1], mask)
+    with pytest.raises(ValueError, match=r"k and mask have shapes \(1, 3\) and \(2, 3\)"):
+        token_ratio_surrogate(logp[:1], logp, logp, mask)

@@ -101,3 +101,21 @@ def test_nothing_to_average_is_refused():
         mean_and_stderr(torch.zeros(0))
     with pytest.raises(ValueError, match="mask has no True"):
         per_token_mean_and_stderr(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool))
+
+
+def test_values_per_token_are_no_responses():
+    """Their mean would count padding, and their error every token as an independent draw."""
+    k, mask = random_responses(5)
+    with pytest.raises(ValueError, match=r"x has shape \(5, 6\): pass one value per response"):
+        mean_and_stderr(k)
+    with pytest.raises(ValueError, match=r"x has shape \(5,\), groups \(4,\)"):
+        mean_and_stderr(sequence_kl(k, mask), torch.zeros(4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("reduce", [sequence_kl, per_token_mean_and_stderr])
+def test_masks_that_would_be_broadcast_or_are_no_bools_are_refused(reduce):
+    k, mask = random_responses(5)
+    with pytest.raises(ValueError, match=r"k and mask have shapes \(5, 6\) and \(1, 6\); each"):
+        reduce(k, mask[:1])
+    with pytest.raises(ValueError, match=r"mask is torch.int64; pass a bool one"):
+        reduce(k, mask.long())

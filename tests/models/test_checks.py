@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from rlkl.models import check_causal_lm
 
@@ -42,3 +42,13 @@ def test_models_with_a_key_value_cache_pass(kind, settings):
 def test_models_whose_state_is_another_are_refused(kind, settings):
     with pytest.raises(ValueError, match=r"the policy \(.*\) says something else when its prompt"):
         check_causal_lm(model_of(kind, **settings), "the policy")
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_an_encoder_with_a_decoder_is_refused_by_name(kind):
+    sizes = {"vocab_size": 32, "d_model": 16, "num_layers": 1, "encoder_layers": 1}
+    heads = {"num_heads": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = AutoConfig.for_model(kind, **sizes, **heads, decoder_layers=1)
+    model = AutoModelForSeq2SeqLM.from_config(config).eval()
+    with pytest.raises(ValueError, match=rf"(?i){kind}.* is an encoder with a decoder, which"):
+        check_causal_lm(model, "model")

@@ -204,3 +204,20 @@ def test_the_leave_one_out_mean_is_the_obvious_loop_and_ignores_what_is_masked(m
         assert float(found[i, t]) == pytest.approx(sum(others) / len(others) if others else 0.0)
     assert (found[~mask] == 0).all()
     assert (leave_one_out_mean(random(0, 1, 5), mask[:1]) == 0).all()
+
+
+def test_masked_positions_between_real_tokens_are_stepped_over():
+    """A tool's text between two turns, or padding on the left, changes no advantage."""
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, 4, 3, generator=generator)
+    whole = gae(rewards, values, torch.ones(4, 3, dtype=torch.bool), gamma=0.9, lam=0.8)
+    mask = torch.tensor([[0, 1, 0, 0, 1, 1]], dtype=torch.bool).expand(4, 6)
+    spread = [torch.full((4, 6), 9.0).masked_scatter(mask, x) for x in (rewards, values)]
+    for expected, found in zip(whole, gae(*spread, mask, gamma=0.9, lam=0.8), strict=True):
+        torch.testing.assert_close(found[mask].view(4, 3), expected)
+        assert not found[~mask].any()
+
+
+def test_whitening_nothing_is_refused():
+    with pytest.raises(ValueError, match="mask has no True"):
+        whiten(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool))

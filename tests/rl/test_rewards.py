@@ -16,6 +16,18 @@ def test_the_score_is_at_the_last_real_token_which_is_the_end_of_text():
     assert rewards.tolist() == [[0, 0, 1], [0, -2, 0], [3, 0, 0]]
 
 
+def test_the_score_is_at_the_last_real_token_wherever_it_is():
+    """Left padding, a tool's text between two turns: their scores were at masked positions."""
+    mask = torch.tensor([[False, True, True], [True, False, True], [False, True, False]])
+    rewards = token_rewards(SCORES, torch.zeros(3, 3), mask, kl_coef=0.1)
+    assert rewards.tolist() == [[0, 0, 1], [0, 0, -2], [0, 3, 0]]
+
+
+def test_a_response_without_a_token_is_refused():
+    with pytest.raises(ValueError, match="response 1 has no token for its score"):
+        token_rewards(SCORES, K, torch.tensor([[True], [False], [True]]).expand(3, 3), 0.1)
+
+
 def test_rewards_of_a_response_sum_to_score_less_kl_of_its_real_tokens():
     rewards = token_rewards(SCORES, K, MASK, kl_coef=0.1)
     expected = SCORES - 0.1 * torch.tensor([0.875, 3.0, 4.0])

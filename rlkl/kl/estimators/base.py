@@ -1,5 +1,6 @@
 """What every token-level estimator is: a name, claims, and k_t from two distributions."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlkl.kl.placement import KLPlacement
+from rlkl.kl.shapes import check_bool
+
+# Probabilities that were rounded to 16 bits sum to 1 within a few hundredths.
+_NOT_NORMALISED = 0.1
 
 
 @dataclass(frozen=True)
@@ -69,8 +74,8 @@ class Estimator(ABC):
             (0 · log 0 = 0).
 
         Raises:
-            ValueError: the vocabularies differ in size, the shapes do not fit, or `mask` is not
-                bool.
+            ValueError: the vocabularies differ in size, the shapes do not fit, `mask` is not bool,
+                or the first real token has logits in place of log-probabilities.
         """
         _check(policy_logp, ref_logp, tokens, mask)
         return self.per_token(
@@ -103,8 +108,21 @@ def _check(policy_logp: Tensor, ref_logp: Tensor, tokens: Tensor, mask: Tensor) 
             "policy_logp, ref_logp, tokens and mask have shapes "
             f"{', '.join(map(str, shapes))}; pass [B, T, V], [B, T, V], [B, T] and [B, T]"
         )
-    if mask.dtype != torch.bool:
-        raise ValueError(f"mask is {mask.dtype}; pass a bool one, True = real token: mask.bool()")
+    check_bool(mask)
+    if mask.any() and not torch.compiler.is_compiling():
+        b, t = divmod(int(mask.flatten().int().argmax()), mask.shape[1])
+        for name, logp in (("policy_logp", policy_logp), ("ref_logp", ref_logp)):
+            _check_normalised(f"{name}[{b}, {t}]", logp[b, t])
+
+
+def _check_normalised(name: str, logp: Tensor) -> None:
+    """Refuses logits, of which a sampled log-ratio is wrong by the difference of two log-sums."""
+    log_total = float(logp.detach().float().logsumexp(-1))
+    if math.isfinite(log_total) and abs(log_total) > _NOT_NORMALISED:
+        raise ValueError(
+            f"{name} is no distribution: log Σ exp of it is {log_total:.4g}, not 0; pass "
+            "log-probabilities, (logits / temperature).log_softmax(-1), of the whole vocabulary"
+        )
 
 
 def _at_least_float32(logp: Tensor) -> Tensor:

@@ -59,8 +59,20 @@ class ModuleHead(NamedTuple):
     softcap: float | None = None
 
 
-def head_logits(head: OutputHead | ModuleHead, hidden: Float[Tensor, "*B H"]) -> Tensor:
-    """Logits `[..., V]` of some hidden states, whole, in the dtype of the head: for sampling."""
+def head_logits(
+    head: Float[Tensor, "V H"] | OutputHead | ModuleHead, hidden: Float[Tensor, "*B H"]
+) -> Tensor:
+    """Logits `[..., V]` of some hidden states, whole, in the dtype of the head: for sampling.
+
+    Raises:
+        ValueError: `head` is none.
+    """
+    head = as_head("policy", head, None)
+    if not isinstance(head, OutputHead | ModuleHead):
+        raise ValueError(
+            f"head is {type(head).__name__}: pass its weight [V, H], an OutputHead, or "
+            "ModuleHead(module, vocab_size)"
+        )
     if isinstance(head, ModuleHead):
         logits = _call(head.module, hidden)
     else:

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import math
 from dataclasses import dataclass
+from numbers import Real
 from types import ModuleType
 from typing import Self
 
@@ -81,6 +82,31 @@ def _check_model(name: str, hidden: Tensor, head: OutputHead | ModuleHead) -> No
             raise ValueError(f"{name}_{part} is {described(x)}: pass floating-point numbers")
 
 
+def _check_devices(tokens: Tensor, tensors: dict[str, list[Tensor]]) -> None:
+    """One device for all: products of ours read memory by its address."""
+    for name, parts in tensors.items():
+        for x in parts:
+            if x.device != tokens.device:
+                raise ValueError(
+                    f"{name}'s hidden states or head are on {x.device} and tokens on "
+                    f"{tokens.device}: bring all of them to one device"
+                )
+    if tokens.device.type == "meta":
+        raise ValueError("the tensors are on meta, where there is nothing to sum: load them")
+
+
+def _check_number(name: str, x: object, *, optional: bool = False) -> None:
+    """A number, or a tensor of one that is no parameter: none gets a gradient here."""
+    if optional and x is None:
+        return
+    one = x.numel() == 1 if isinstance(x, Tensor) else isinstance(x, Real)
+    if not one or (isinstance(x, Tensor) and x.requires_grad):
+        shown = described(x) + " that requires a gradient" * (isinstance(x, Tensor) and one)
+        raise ValueError(
+            f"{name} is {shown}: pass a number, the same for all tokens, which gets no gradient"
+        )
+
+
 def _tensors(hidden: Tensor, head: OutputHead | ModuleHead) -> list[Tensor]:
     """All that a model's logits are made of."""
     if isinstance(head, ModuleHead):
@@ -118,9 +144,15 @@ class Problem:
         models = {"policy": policy} if ref is None else {"policy": policy, "ref": ref}
         for name, model in models.items():
             _check_model(name, *model)
+            _check_number(f"{name}_head.scale", model[1].scale)
+            _check_number(f"{name}_head.softcap", model[1].softcap, optional=True)
+            for _, _, scale in getattr(model[1], "adapters", ()):
+                _check_number(f"{name}_head.adapters' scale", scale)
         _check_tokens(tokens)
+        _check_devices(tokens, {name: _tensors(*model) for name, model in models.items()})
         _check_divergence(divergence)
         row = row_divergence(divergence)
+        _check_number("temperature", temperature)
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature={temperature}: must be positive and finite")
         if chunk_size is not None and chunk_size < 1:

@@ -3,8 +3,8 @@
 import copy
 import json
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +13,12 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
 from transformers.trainer_utils import TrainOutput
 from trl import GRPOConfig, RLOOConfig
 from trl.data_utils import is_conversational
@@ -28,6 +33,7 @@ from rlkl.models import (
     reference_model,
     response_hidden,
 )
+from rlkl.models.language_model import causal_lm
 from rlkl.rl import leave_one_out_mean
 from rlkl.rollout import (
     Responses,
@@ -253,15 +259,19 @@ class ExactTokenKL(GuardedTrainer):
         return [row[real].tolist() for row, real in zip(ids, mask, strict=True)], None, {}
 
     def _generate_single_turn(self, *given: Any, **named: Any) -> Any:
-        """TRL's, which would draw from logits that are no numbers until torch refuses."""
-        head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
+        """TRL's, which would draw from logits that are no numbers until torch refuses, and with
+        what the policy's own generation config asks for beside TRL's settings.
+        """
+        policy = self.accelerator.unwrap_model(self.model)
+        head = policy.get_output_embeddings()
         watch = head.register_forward_hook(
             lambda _head, _states, logits: self.check_finite(
                 "the policy's largest logit", logits[:, -1].amax(-1)
             )
         )
         try:
-            return super()._generate_single_turn(*given, **named)  # pyright: ignore[reportAttributeAccessIssue]
+            with _plain_generation(policy):
+                return super()._generate_single_turn(*given, **named)  # pyright: ignore[reportAttributeAccessIssue]
         finally:
             watch.remove()
 
@@ -393,6 +403,24 @@ class ExactTokenKL(GuardedTrainer):
     @property
     def _gemm_dtype(self) -> torch.dtype | None:
         return torch.bfloat16 if self.args.bf16 and self.args.device.type == "cpu" else None
+
+
+@contextmanager
+def _plain_generation(policy: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Sets the policy's own generation config aside (min_p, num_beams, suppress_tokens, ...).
+
+    `generate` takes from there what TRL's settings leave open, and would draw from another
+    distribution than the policy's, which is the one that is measured.
+    """
+    owners = [policy, causal_lm(policy)]  # TRL sets it on the one, PEFT on the other
+    before = [owner.generation_config for owner in owners]
+    for owner in owners:
+        owner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for owner, config in zip(owners, before, strict=True):
+            owner.generation_config = config
 
 
 def _inputs(batch: dict[str, Any]) -> tuple[Tensor, Tensor, int]:

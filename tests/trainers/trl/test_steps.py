@@ -245,3 +245,32 @@ def test_a_checkpoint_with_all_steps_takes_no_more(make_trl_trainer, trainer_cla
 def test_there_must_be_a_checkpoint_to_go_on_from(make_trl_trainer, trainer_class):
     with pytest.raises(ValueError, match="holds no whole checkpoint to go on from"):
         make_trl_trainer(trainer_class).train(resume_from_checkpoint=True)
+
+
+@both_trainers
+@pytest.mark.parametrize("adapter", [False, True], ids=["whole", "adapter"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"suppress_tokens": list(range(5, 60))}, {"min_p": 0.9}, {"num_beams": 2}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_the_policys_generation_config_leaves_the_sampler_alone(
+    make_trl_trainer, make_lm, trainer_class, adapter, settings
+):
+    """generate takes from it what TRL's settings leave open, and nothing measures that policy."""
+    drawn = []
+    for given in ({}, settings):
+        lm = make_lm()
+        lm.generation_config.update(**given)
+        config = LoraConfig(target_modules=["c_attn"]) if adapter else None
+        trainer = make_trl_trainer(trainer_class, model=lm, peft_config=config, max_steps=2)
+        batches = []
+        trainer.with_kl = lambda batch, cost, then=trainer.with_kl, seen=batches: (
+            seen.append(batch["completion_ids"]) or then(batch, cost)
+        )
+        trainer.train()
+        drawn.append(batches)
+        assert {name: getattr(lm.generation_config, name) for name in given} == given
+    assert len(drawn[0]) == 2
+    for expected, found in zip(*drawn, strict=True):
+        assert torch.equal(found, expected)
