@@ -238,7 +238,9 @@ def _weighted(weights: Tensor, k: Tensor, mask: Tensor) -> Tensor:
 
 def _log_ratio(policy_token_logp: Tensor, sampler_token_logp: Tensor, mask: Tensor) -> Tensor:
     """Log r_t, 0 where masked; -inf where the policy has none, whatever the sampler, a constant."""
-    check_per_token(mask, policy_token_logp=policy_token_logp, sampler_token_logp=sampler_token_logp)
+    check_per_token(
+        mask, policy_token_logp=policy_token_logp, sampler_token_logp=sampler_token_logp
+    )
     policy = torch.where(mask, policy_token_logp, 0.0)
     sampler = torch.where(mask & (policy > -torch.inf), sampler_token_logp, 0.0)
     return policy - sampler.detach()

@@ -450,3 +450,10 @@ def test_logits_in_place_of_log_probs_are_refused(estimator, which, pair):
     logps[which] = logps[which] + 0.7
     with pytest.raises(ValueError, match=rf"{which}\[0, 0\] is no distribution: log Σ exp .* 0.7"):
         estimator(**logps, tokens=policy.tokens, mask=policy.mask)
+
+
+def test_a_compiled_loop_has_no_break_at_an_estimator(pair):
+    policy, ref = pair
+    arguments = policy.policy_logp(), ref.policy_logp(), policy.tokens, policy.mask
+    compiled = torch.compile(get_estimator("k1"), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*arguments), get_estimator("k1")(*arguments))

@@ -152,5 +152,5 @@ def test_shapes_that_would_be_broadcast_are_refused():
 def test_weights_of_another_shape_or_mask_are_refused(weights):
     with pytest.raises(ValueError, match=r"k and mask have shapes \(3, 3\) and \(1, 3\); each"):
         weights(torch.zeros(3, 3), torch.ones(1, 3, dtype=torch.bool), False)
-    with pytest.raises(ValueError, match="mask is torch.int64; pass a bool one"):
+    with pytest.raises(ValueError, match=r"mask is torch.int64; pass a bool one"):
         weights(torch.zeros(3, 3), torch.ones(3, 3, dtype=torch.long), False)

@@ -109,7 +109,7 @@ def _check(policy_logp: Tensor, ref_logp: Tensor, tokens: Tensor, mask: Tensor) 
             f"{', '.join(map(str, shapes))}; pass [B, T, V], [B, T, V], [B, T] and [B, T]"
         )
     check_bool(mask)
-    if mask.any() and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and mask.any():
         b, t = divmod(int(mask.flatten().int().argmax()), mask.shape[1])
         for name, logp in (("policy_logp", policy_logp), ("ref_logp", ref_logp)):
             _check_normalised(f"{name}[{b}, {t}]", logp[b, t])

@@ -262,7 +262,7 @@ def test_the_policys_generation_config_leaves_the_sampler_alone(
     for given in ({}, settings):
         lm = make_lm()
         lm.generation_config.update(**given)
-        config = LoraConfig(target_modules=["c_attn"]) if adapter else None
+        config = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True) if adapter else None
         trainer = make_trl_trainer(trainer_class, model=lm, peft_config=config, max_steps=2)
         batches = []
         trainer.with_kl = lambda batch, cost, then=trainer.with_kl, seen=batches: (
