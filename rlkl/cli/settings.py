@@ -3,8 +3,9 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any, NoReturn
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
 
 import torch
 from peft import LoraConfig, PeftConfig
@@ -15,6 +16,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from rlkl.cli.errors import fail
 from rlkl.models import load_causal_lm
+from rlkl.sweep.fields import check_setting, nearest, read_yaml, refuse_unknown
 from rlkl.trainers.run_config import check_numbers
 
 
@@ -51,8 +53,9 @@ class SettingsParser(TrlParser):
         """Parses ``sys.argv``; without ``--config`` the settings of `default_config` hold.
 
         Raises:
-            ValueError: an unknown key in the YAML file, an unknown option, or one that is not
-                read here.
+            ValueError: an unknown key in the YAML file, a value of another type, an unknown option,
+                or one that is not read here.
+            yaml.YAMLError: a file that is no YAML, or has a key twice.
             FileNotFoundError: a config file that is not there.
         """
         given = [part for word in sys.argv[1:] for part in _split_option(word)]
@@ -60,9 +63,14 @@ class SettingsParser(TrlParser):
             given = ["--config", default_config, *given]
         if given[-1:] == ["--config"]:
             self.error("--config needs a file")
+        if "--config" in given:
+            self._check_file(Path(given[given.index("--config") + 1]))
         *settings, unknown = self.parse_args_and_config(given, return_remaining_strings=True)
         if unknown:
-            raise ValueError(f"there is no setting {' '.join(unknown)!r}: --help lists them all")
+            near = nearest(unknown[0].lstrip("-").split("=")[0], self._hints())
+            raise ValueError(
+                f"there is no setting {' '.join(unknown)!r}{near or ': --help lists them all'}"
+            )
         for each in settings:
             check_numbers(each)
             if isinstance(each, ModelConfig):
@@ -73,6 +81,22 @@ class SettingsParser(TrlParser):
                     "command goes on from the last checkpoint in its output_dir; leave it out"
                 )
         return tuple(settings)
+
+    def _hints(self) -> dict[str, Any]:
+        """The types of all settings, by name."""
+        classes = [cls for cls in self.dataclass_types if is_dataclass(cls)]
+        hints = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
+        return {f.name: hints[f.name] for cls in classes for f in fields(cls) if f.init}
+
+    def _check_file(self, file: Path) -> None:
+        """Refuses a YAML that the parser would take for something else, or fall over."""
+        given, hints = read_yaml(file), self._hints()
+        if not isinstance(given, dict):
+            raise ValueError(f"{file} holds no settings: give lines of the form name: value")
+        given.pop("env", None)  # TRL's, which it checks
+        refuse_unknown(given, list(hints), str(file))
+        for name, value in given.items():
+            check_setting(value, hints[name], f"{file}: {name}")
 
 
 def _refuse_unread(model: ModelConfig) -> None:

@@ -414,7 +414,7 @@ def _open(
 
 def _name_in(spec: Path) -> str:
     """The name of the sweep of a YAML, which need not be checked again to look at its results."""
-    from rlkl.sweep.spec_file import read_yaml
+    from rlkl.sweep.fields import read_yaml
 
     if not spec.is_file():
         raise FileNotFoundError(f"no such sweep: {spec}")

@@ -1,11 +1,38 @@
-"""Whether what a YAML says fits the fields of a dataclass: types, bounds, names."""
+"""What a YAML says, and whether it fits the fields of a dataclass: types, bounds, names."""
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
-from types import UnionType
-from typing import Annotated, Any, Union, cast, get_args, get_origin, get_type_hints
+from enum import Enum
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+
+import yaml
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, where PyYAML would take the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key} stands twice in one mapping; merge them", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file says.
+
+    Raises:
+        yaml.YAMLError: names the file and the line.
+    """
+    with path.open("rb") as file:  # bytes: what is not UTF-8 is an error that names the file too
+        return yaml.load(file, _Loader)
 
 
 @dataclass(frozen=True)
@@ -100,6 +127,60 @@ def check_number(value: Any, hint: Any, place: str) -> None:
         _check(value, float if float in kinds else int, place)
 
 
+def check_setting(value: Any, hint: Any, place: str) -> None:
+    """Refuses a YAML's value that the type of a setting has no room for.
+
+    A text may say anything that the setting's parser understands (1e-3 is one to YAML); types
+    that are not plain ones are left to that parser too.
+
+    Raises:
+        ValueError: names the place, its value and what is needed.
+
+    >>> check_setting(None, float | None, "kl_target")
+    >>> check_setting(2.5, int, "max_steps")
+    Traceback (most recent call last):
+    ValueError: max_steps is 2.5; a whole number is needed
+    """
+    hints = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = {get_origin(each) or each: each for each in hints}
+    if isinstance(value, str) or not all(map(_is_plain, kinds)):
+        return
+    if Literal in kinds and value in get_args(kinds[Literal]):
+        return
+    fitting = next((kinds[kind] for kind in _ROOM.get(type(value), ()) if kind in kinds), None)
+    if fitting is None:
+        said = [text for kind, text in _SAID.items() if kind in kinds] or [_SAID[str]]
+        quotes = "; put it in quotes" if said == [_SAID[str]] and value is not None else ""
+        raise ValueError(f"{place} is {_written(value)}; {' or '.join(said)} is needed{quotes}")
+    if isinstance(value, list):
+        item_hint = (*get_args(fitting), Any)[0]
+        for number, item in enumerate(value):
+            check_setting(item, item_hint, f"{place}[{number}]")
+
+
+_ROOM: dict[type, tuple[type, ...]] = {
+    NoneType: (NoneType,),
+    bool: (bool,),
+    int: (int, float),
+    float: (float,),
+    list: (list, tuple),
+    dict: (dict,),
+}
+"""The types that have room for what a YAML can say, but for texts."""
+
+
+def _is_plain(kind: Any) -> bool:
+    """Whether `check_setting` knows what a type has room for: an enumeration is a text."""
+    known = (*_ROOM, str, tuple, Literal)
+    return kind in known or (isinstance(kind, type) and issubclass(kind, Enum))
+
+
+def _written(value: Any) -> str:
+    """A value as YAML has it."""
+    names: dict[Any, str] = {None: "null", True: "true", False: "false"}
+    return names[value] if value is None or isinstance(value, bool) else repr(value)
+
+
 def refuse_unknown(given: Mapping[str, Any], known: list[str], where: str) -> None:
     """Refuses names that are not known, with the nearest one that is.
 
@@ -108,9 +189,17 @@ def refuse_unknown(given: Mapping[str, Any], known: list[str], where: str) -> No
     """
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{where}: unknown field {name!r}{hint}")
+            raise ValueError(f"{where}: unknown field {name!r}{nearest(name, known)}")
+
+
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """The question whether a name that is known was meant; nothing where none is near.
+
+    >>> nearest("kl_coeff", ["kl_coef", "seed"])
+    '; did you mean kl_coef?'
+    """
+    near = difflib.get_close_matches(str(name), list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def not_finite(value: Any, place: str) -> Iterator[str]:

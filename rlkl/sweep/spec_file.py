@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from rlkl.sweep.algorithms import ALGORITHMS, CHOICES, in_sweep_names
-from rlkl.sweep.fields import check_fields, not_finite, refuse_unknown
+from rlkl.sweep.fields import check_fields, not_finite, read_yaml, refuse_unknown
 from rlkl.sweep.recipe import Command, checked_by_recipe
 from rlkl.sweep.spec import ALGORITHM, OWN_FIELDS, EvaluationSpec, SearchSpec, SweepSpec
 
@@ -112,29 +112,6 @@ def spec_yaml(spec: Mapping[str, Any]) -> str:
         own = {name: value for name, value in given["search"].items() if name != "fields"}
         given["search"] = own | given["search"]["fields"]
     return yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping, where PyYAML would take the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key} stands twice in one mapping; merge them", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> Any:
-    """What a YAML file says.
-
-    Raises:
-        yaml.YAMLError: names the file and the line.
-    """
-    with path.open("rb") as file:  # bytes: what is not UTF-8 is an error that names the file too
-        return yaml.load(file, _Loader)
 
 
 def _beside(spec: Path, name: str, what: str) -> Path:
