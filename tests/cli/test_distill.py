@@ -212,8 +212,8 @@ def test_a_run_that_diverges_ends_in_one_line_without_a_checkpoint(folders, monk
 
 def test_an_optimiser_that_cannot_be_leaves_a_finished_run_alone(folders, monkeypatch, capsys):
     assert run(monkeypatch, folders) == 0
-    assert run(monkeypatch, folders, adam_beta1=2) == 2
-    assert "beta parameter" in capsys.readouterr().err
+    assert run(monkeypatch, folders, lr_scheduler_type="cosine_with_min_lr") == 2
+    assert "lr_scheduler_kwargs" in capsys.readouterr().err
     assert (folders / "out" / "summary.json").is_file()
 
 
