@@ -6,9 +6,10 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -104,14 +105,15 @@ class Driver:
     def run(self, on_tick: Callable[[], None], seconds_between: float = 1.0) -> None:
         """Waits until every cell has ended; a worker that was killed is replaced.
 
-        On KeyboardInterrupt the workers stop with a checkpoint before it goes on upwards.
+        On Ctrl-C the workers stop with a checkpoint before KeyboardInterrupt goes on upwards.
 
         Raises:
             RuntimeError: a worker failed by itself: a fault of this program or of the storage.
         """
         try:
             while self.workers:
-                on_tick()
+                with _ctrl_c_afterwards():
+                    on_tick()
                 time.sleep(seconds_between)
                 for number, worker in list(self.workers.items()):
                     code = worker.poll()
@@ -138,6 +140,24 @@ class Driver:
                 worker.send_signal(signal.SIGINT)
         for worker in self.workers.values():
             worker.wait()
+
+
+@contextmanager
+def _ctrl_c_afterwards() -> Iterator[None]:
+    """A Ctrl-C in the block is raised at its end: within a library it may come up in a finaliser,
+    where Python drops it, and the sweep would go on.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone hears it
+        yield
+        return
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+    if heard:
+        signal.raise_signal(heard[0])
 
 
 def last_error(log: str) -> str:

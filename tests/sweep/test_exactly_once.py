@@ -132,7 +132,7 @@ def test_ctrl_c_stops_with_a_checkpoint_the_same_command_goes_on_and_a_failing_c
     driver = start(spec, out)
     assert wait_for_work(driver)
     driver.send_signal(signal.SIGINT)
-    assert driver.wait(timeout=300) == 130
+    assert driver.wait(timeout=300) == 130, (tmp_path / "driver.log").read_text()
     ledger = Ledger(f"sqlite:///{out}/sweep.db")
     assert {cell.state for cell in ledger.cells()} <= {"waiting", "done"}
     assert {a["outcome"] for a in ledger.attempts()} <= {"stopped", "done"}
