@@ -4,12 +4,16 @@ Importing this package is quick: a command imports what it computes with when it
 `SettingsParser`, which needs trl, is loaded when it is asked for.
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from rlkl.cli.errors import fail, refusing_bad_input
 
 if TYPE_CHECKING:
     from rlkl.cli.settings import SettingsParser
+
+# PEFT imports it, whatever is trained; it then misses a kernel for 4 bits on CPUs.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __all__ = ["SettingsParser", "fail", "refusing_bad_input"]
 
