@@ -192,13 +192,23 @@ def refuse_unknown(given: Mapping[str, Any], known: list[str], where: str) -> No
             raise ValueError(f"{where}: unknown field {name!r}{nearest(name, known)}")
 
 
+_THE_SAME = (
+    ("kl_coef", "beta"),
+    ("response_length", "max_completion_length"),
+    ("cliprange", "epsilon"),
+)
+"""What PPO here and TRL's trainers call a setting."""
+
+
 def nearest(name: Any, known: Iterable[str]) -> str:
     """The question whether a name that is known was meant; nothing where none is near.
 
-    >>> nearest("kl_coeff", ["kl_coef", "seed"])
-    '; did you mean kl_coef?'
+    >>> nearest("kl_coeff", ["kl_coef", "seed"]), nearest("kl_coef", ["beta", "seed"])
+    ('; did you mean kl_coef?', '; did you mean beta?')
     """
-    near = difflib.get_close_matches(str(name), list(known), 1)
+    known = list(known)
+    near = [other for pair in _THE_SAME if name in pair for other in pair if other in known]
+    near = near or difflib.get_close_matches(str(name), known, 1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
