@@ -103,7 +103,7 @@ def test_nothing_to_average_is_refused():
         per_token_mean_and_stderr(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool))
 
 
-def test_values_per_token_are_no_responses():
+def test_values_per_token_are_no_responses_and_are_refused():
     """Their mean would count padding, and their error every token as an independent draw."""
     k, mask = random_responses(5)
     with pytest.raises(ValueError, match=r"x has shape \(5, 6\): pass one value per response"):
