@@ -102,7 +102,7 @@ class SumOfRewards(ColumnReward):
         rewards: at least one.
 
     Raises:
-        ValueError: none.
+        ValueError: there are no rewards.
     """
 
     def __init__(self, rewards: Sequence[AnyReward]) -> None:
